@@ -1,18 +1,18 @@
 """Who attends to whom, as data.
 
-A `Schedule` is a list of edges ``(query slot, source slot, output slot, weight id)``. It is the only
-place that knows the pattern: operators and kernels see slot numbers and run the whole list at once.
+A `Schedule` is a list of edges ``(query slot, source slot, output slot, weight id)``. It is the
+only place that knows the pattern: operators and kernels see slot numbers and run the whole list.
 
-* A *slot* is the position of one feature map in the list an operator is given. Query and source slots
-  count separately; in the constructors below slot ``i`` is the same map on both sides.
+* A *slot* is the position of one feature map in the list an operator is given. Query and source
+  slots count separately; in the constructors below slot ``i`` is the same map on both sides.
 * Edges that share an output slot share its query and are normalised *jointly*, as if their sources
   were one concatenated source. Edges with their own output are normalised separately.
 * The weight id says which set of projections an edge uses, for the operators that project.
 
-Patterns: `Schedule.cross_task` and `Schedule.cross_scale` are the cross-task and cross-scale attention
-of Kim, Choi, Min, "Sequential Cross Attention Based Multi-task Learning" (arXiv 2209.02518), sections
-2.2 and 2.3; `Schedule.all_pairs` is the naive baseline they replace. Everything else comes from
-`Schedule.from_edges` or `Schedule.from_json`.
+Patterns: `Schedule.cross_task` and `Schedule.cross_scale` are the cross-task and cross-scale
+attention (CTAM, CSAM) of Kim, Choi, Min, "Sequential Cross Attention Based Multi-task Learning"
+(arXiv 2209.02518); `Schedule.all_pairs` is the naive baseline they replace. Everything else comes
+from `Schedule.from_edges` or `Schedule.from_json`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Schedule:
 
     Raises:
         ValueError: If an edge has a slot out of range, repeats the query, source and output of an
-            earlier edge, is a self-edge that is not allowed, or gives an output a second query (the
-            message names the edge number); if an output has no edge; if counts or names are invalid.
+            earlier edge, is a self-edge that is not allowed, or gives an output a second query
+            (the message names the edge number); if an output has no edge; if counts or names are
+            invalid.
     """
 
     edges: tuple[Edge, ...]
@@ -107,9 +108,9 @@ class Schedule:
     ) -> Schedule:
         """Every target task attends to every other task, at one scale.
 
-        Slots 0..T-1 are the target tasks, T..T+A-1 auxiliary tasks, which are sources only. One edge
-        per ordered pair (target, other), with its own output and its own weight id, both equal to the
-        edge number. Order: target by target, others ascending. T(T-1) + T*A edges.
+        Slots 0..T-1 are the target tasks, T..T+A-1 auxiliary tasks, which are sources only. One
+        edge per ordered pair (target, other), with its own output and its own weight id, both equal
+        to the edge number. Order: target by target, others ascending. T(T-1) + T*A edges.
 
         Args:
             num_tasks: T, number of target tasks.
@@ -124,7 +125,7 @@ class Schedule:
         total = tasks + auxiliary
         if total < 2:
             raise ValueError(
-                f"num_tasks: cross-task attention needs at least 2 tasks (auxiliary ones included), "
+                f"num_tasks: cross-task attention needs at least 2 tasks, auxiliary ones included, "
                 f"got {total}"
             )
         slots = _names("names", names or (), total)
@@ -171,14 +172,14 @@ class Schedule:
     def all_pairs(cls, num_tasks: int, num_scales: int, *, joint: bool = True) -> Schedule:
         """Every (task, scale) cell attends to every other cell: the naive baseline.
 
-        Slot ``t * S + s`` is task t at scale s, named ``"t{t}s{s}"``. TS(TS-1) edges, ordered by query,
-        then by source.
+        Slot ``t * S + s`` is task t at scale s, named ``"t{t}s{s}"``. TS(TS-1) edges, ordered by
+        query, then by source.
 
         Args:
             num_tasks: T.
             num_scales: S.
-            joint: True: one output and one weight id per query cell, its sources normalised jointly.
-                False: one output and one weight id per edge.
+            joint: True: one output and one weight id per query cell, its sources normalised
+                jointly. False: one output and one weight id per edge.
 
         Raises:
             ValueError: If T * S < 2: there is no other cell.
@@ -232,7 +233,7 @@ class Schedule:
     ) -> Schedule:
         """Schedule from ``(query, source, output, weight)`` quadruples.
 
-        Counts that are not given follow from the names, where given, else from the largest slot used.
+        Counts that are not given follow from the names, where given, else from the largest slot.
 
         Raises:
             ValueError: As for `Schedule`.
@@ -240,17 +241,15 @@ class Schedule:
         listed = _as_edges(edges)
         given = (num_queries, num_sources, num_outputs, num_weights)
         named = (len(query_names), len(source_names), 0, 0)
-        queries, sources, outputs, weights = (
-            count if count is not None else names or max((e[i] for e in listed), default=0) + 1
-            for i, (count, names) in enumerate(zip(given, named, strict=True))
-        )
+        counts = {
+            argument: count if count is not None else names or _slots_used(listed, i)
+            for i, (argument, count, names) in enumerate(
+                zip(_JSON_COUNTS, given, named, strict=True)
+            )
+        }
         return cls(
             edges=listed,
-            # A negative slot must be reported as such, not as a count below 1.
-            num_queries=queries if num_queries is not None else max(queries, 1),
-            num_sources=sources if num_sources is not None else max(sources, 1),
-            num_outputs=outputs if num_outputs is not None else max(outputs, 1),
-            num_weights=weights if num_weights is not None else max(weights, 1),
+            **counts,
             query_names=tuple(query_names),
             source_names=tuple(source_names),
             allow_self=allow_self,
@@ -279,8 +278,8 @@ class Schedule:
         ``edges`` (a list of ``[query, source, output, weight]``).
 
         Raises:
-            ValueError: If the text is not JSON, a key is missing, unknown or repeated, a value has the
-                wrong type, the version is another one, or the schedule is invalid.
+            ValueError: If the text is not JSON, a key is missing, unknown or repeated, a value has
+                the wrong type, the version is another one, or the schedule is invalid.
         """
         try:
             data = json.loads(text, object_pairs_hook=_object_without_repeats)
@@ -363,30 +362,31 @@ class Schedule:
             if values[edge.source] != values[first]:
                 raise ValueError(
                     f"edge {number} {tuple(edge)}: value of source slot {edge.source} has "
-                    f"{values[edge.source]} channels, expected {values[first]} as the other sources "
-                    f"of output slot {edge.output}"
+                    f"{values[edge.source]} channels, expected {values[first]} as the other "
+                    f"sources of output slot {edge.output}"
                 )
 
-    def to_text(self, max_width: int = 100) -> str:
+    def to_text(self, max_width: int = 120) -> str:
         """Text picture of who attends to whom.
 
-        A matrix of query rows and source columns with ``output/weight`` in the cells, or, where that
-        is wider than `max_width` characters, a list with one line per output slot.
+        A matrix of query rows and source columns with ``output/weight`` in the cells, or, where
+        that is wider than `max_width` characters, a list with one line per output slot.
         """
-        lines = [
+        head = (
             f"{self.num_edges} edges: {self.num_queries} queries x {self.num_sources} sources "
             f"-> {self.num_outputs} outputs, {self.num_weights} weights"
-        ]
+        )
         matrix = self._matrix_lines()
-        fits = max(map(len, matrix)) <= max_width
-        return "\n".join(lines + (matrix if fits else self._list_lines()))
+        if max(map(len, matrix)) <= max_width:
+            return "\n".join([head, "rows: query, columns: source, cells: output/weight", *matrix])
+        return "\n".join([head, *self._list_lines()])
 
     def plot(
         self, ax: Axes | None = None, *, color: Literal["output", "weight"] = "output"
     ) -> Axes:
         """Draw the query x source grid, coloured by output slot or weight id.
 
-        Cells carry ``output/weight``; cells of one colour in a row are normalised jointly (`color` is
+        Cells carry ``output/weight``; cells of one colour are normalised jointly (`color` is
         "output") or share their projections ("weight"). Needs matplotlib.
 
         Args:
@@ -446,12 +446,11 @@ class Schedule:
 
     def _matrix_lines(self) -> list[str]:
         cells = self._cells()
-        rows = [["query \\ source", *self._labels("source")]]
+        rows = [["", *self._labels("source")]]
         for query, label in enumerate(self._labels("query")):
-            row = [cells.get((query, source), []) for source in range(self.num_sources)]
-            rows.append(
-                [label, *(",".join(f"{e.output}/{e.weight}" for e in c) or "." for c in row)]
-            )
+            attended = [cells.get((query, source), []) for source in range(self.num_sources)]
+            texts = [",".join(f"{e.output}/{e.weight}" for e in edges) for edges in attended]
+            rows.append([label, *(text or "." for text in texts)])
         widths = [max(len(row[i]) for row in rows) for i in range(self.num_sources + 1)]
         return [
             "  ".join(
@@ -465,8 +464,11 @@ class Schedule:
         queries, sources = self._labels("query"), self._labels("source")
         lines = []
         for output, group in enumerate(self.groups):
-            attended = ", ".join(f"{sources[e.source]} (weight {e.weight})" for e in group)
-            lines.append(f"output {output}: {queries[group[0].query]} <- {attended}")
+            weights = ",".join(str(weight) for weight in sorted({e.weight for e in group}))
+            attended = ", ".join(sources[e.source] for e in group)
+            lines.append(
+                f"output {output}, weight {weights}: {queries[group[0].query]} <- {attended}"
+            )
         return lines
 
 
@@ -495,17 +497,25 @@ def _names(argument: str, names: Sequence[str], slots: int) -> tuple[str, ...]:
 
 
 def _as_edges(edges: Iterable[Sequence[int]]) -> tuple[Edge, ...]:
+    if not isinstance(edges, Iterable):
+        raise ValueError(f"edges: expected an iterable of edges, got {edges!r}")
     listed = []
     for number, edge in enumerate(edges):
         values = list(edge) if isinstance(edge, Iterable) else None
         if values is None or len(values) != 4 or any(map(_not_int, values)):
             raise ValueError(
-                f"edge {number}: expected four integers (query, source, output, weight), got {edge!r}"
+                f"edge {number}: expected four integers (query, source, output, weight), "
+                f"got {edge!r}"
             )
         listed.append(Edge(*map(operator.index, values)))
     if not listed:
         raise ValueError("edges: expected at least one edge, got none")
     return tuple(listed)
+
+
+def _slots_used(edges: Sequence[Edge], position: int) -> int:
+    # Within the valid counts whatever the edges hold, so that the error names the bad edge.
+    return min(max(0, *(edge[position] for edge in edges)), _MAX_SLOTS - 1) + 1
 
 
 def _check_edges(edges: Sequence[Edge], counts: dict[str, int], allow_self: bool) -> None:
@@ -530,8 +540,8 @@ def _check_edges(edges: Sequence[Edge], counts: dict[str, int], allow_self: bool
         first = first_of_output.setdefault(edge.output, number)
         if edges[first].query != edge.query:
             raise ValueError(
-                f"{where}: output slot {edge.output} has query {edges[first].query} in edge {first}, "
-                f"expected one query per output, got {edge.query}"
+                f"{where}: output slot {edge.output} has query {edges[first].query} in edge "
+                f"{first}, expected one query per output, got {edge.query}"
             )
     if len(first_of_output) < counts["num_outputs"]:
         # Bounded by the number of edges, however large the count that was asked for.
