@@ -1,0 +1,60 @@
+# _core: csrc/cpu/*.cpp once with baseline flags; csrc/cpu/kernels/*.cpp once per instruction set,
+# with XATTN_ISA naming it. The module picks among them when it is loaded.
+include(CheckCXXSourceCompiles)
+
+file(GLOB XATTN_CPU_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/*.cpp)
+file(GLOB XATTN_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/kernels/*.cpp)
+
+# Listed from the weakest to the strongest, which is also the link order; see below.
+set(XATTN_ISAS portable)
+set(XATTN_FLAGS_portable "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  set(XATTN_AVX2 -mavx2 -mfma -mf16c)
+  set(XATTN_AVX512 ${XATTN_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+                   -mprefer-vector-width=512)
+  set(XATTN_FLAGS_avx2 ${XATTN_AVX2})
+  set(XATTN_FLAGS_avx512 ${XATTN_AVX512})
+  set(XATTN_FLAGS_avx512_bf16 ${XATTN_AVX512} -mavx512bf16)
+  foreach(isa avx2 avx512 avx512_bf16)
+    string(REPLACE ";" " " flags "${XATTN_FLAGS_${isa}}")
+    set(CMAKE_REQUIRED_FLAGS "${flags}")
+    check_cxx_source_compiles("int main() { return 0; }" XATTN_COMPILER_HAS_${isa})
+    unset(CMAKE_REQUIRED_FLAGS)
+    if(XATTN_COMPILER_HAS_${isa})
+      list(APPEND XATTN_ISAS ${isa})
+    else()
+      message(WARNING "The compiler does not know '${flags}': no ${isa} kernels are built")
+    endif()
+  endforeach()
+endif()
+
+pybind11_add_module(_core MODULE NO_EXTRAS csrc/bindings_cpu.cpp)
+add_library(xattn_cpu OBJECT ${XATTN_CPU_SOURCES})
+target_link_libraries(xattn_cpu PRIVATE xattn_flags)
+
+# Inline functions of the standard library are compiled into the objects of every instruction set
+# under one name, and the linker keeps the first copy it meets. Baseline objects therefore come
+# first: a copy built for AVX-512 must never serve a CPU without it.
+set(XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu>)
+set(XATTN_HAVE "")
+foreach(isa ${XATTN_ISAS})
+  string(TOUPPER ${isa} upper)
+  list(APPEND XATTN_HAVE XATTN_HAVE_${upper}=1)
+  if(XATTN_KERNEL_SOURCES)
+    add_library(xattn_cpu_${isa} OBJECT ${XATTN_KERNEL_SOURCES})
+    target_link_libraries(xattn_cpu_${isa} PRIVATE xattn_flags)
+    target_compile_options(xattn_cpu_${isa} PRIVATE ${XATTN_FLAGS_${isa}})
+    target_compile_definitions(xattn_cpu_${isa} PRIVATE XATTN_ISA=${isa})
+    list(APPEND XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu_${isa}>)
+  endif()
+endforeach()
+target_compile_definitions(xattn_cpu PRIVATE ${XATTN_HAVE})
+target_compile_definitions(_core PRIVATE ${XATTN_HAVE})
+target_sources(_core PRIVATE ${XATTN_OBJECTS})
+target_link_libraries(_core PRIVATE xattn_flags)
+install(TARGETS _core DESTINATION . COMPONENT modules)
+
+# What was built, for `python -m xattn_kernels info`.
+list(JOIN XATTN_ISAS " " XATTN_ISAS_TEXT)
+file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/cpu.txt
+     "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}\n${XATTN_ISAS_TEXT}\n")
