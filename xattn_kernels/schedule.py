@@ -75,6 +75,7 @@ class Schedule:
     groups: tuple[tuple[Edge, ...], ...] = field(init=False, repr=False, compare=False)
     """The edges of each output slot, in schedule order."""
     _flat: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _triples: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         counts = {name: _count(name, getattr(self, name)) for name in _JSON_COUNTS}
@@ -92,6 +93,7 @@ class Schedule:
             "source_names": _names("source_names", self.source_names, counts["num_sources"]),
             "groups": tuple(tuple(group) for group in groups),
             "_flat": tuple(value for edge in edges for value in edge),
+            "_triples": tuple(value for edge in edges for value in edge[:3]),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
@@ -318,7 +320,7 @@ class Schedule:
     @property
     def triples_flat(self) -> list[int]:
         """3E integers (query, source, output per edge), for operators without weights."""
-        return [value for edge in self.edges for value in edge[:3]]
+        return list(self._triples)
 
     @property
     def output_queries(self) -> tuple[int, ...]:
