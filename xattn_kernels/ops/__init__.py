@@ -1,0 +1,1 @@
+"""One folder an operator: schema, fake kernel and autograd once, then one file an engine."""

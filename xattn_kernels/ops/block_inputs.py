@@ -1,0 +1,167 @@
+"""Features, folded weights and outputs of the cross-attention block, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn_kernels.ops.features import (
+    ACCUMULATORS,
+    as_list,
+    cast_for_autocast,
+    check_first,
+    describe,
+    flatten,
+    new_output,
+)
+from xattn_kernels.ops.overlap import may_overlap, overlaps_itself
+from xattn_kernels.schedule import Schedule
+
+
+class BlockInputs(NamedTuple):
+    """Checked slots, flattened to (B, C, N)."""
+
+    features: list[Tensor]
+    spatial: list[torch.Size]
+    """The shape of each slot after its channels, as the caller gave it."""
+    autocast: str | None
+    """The device type under whose autocast the features were cast, if any."""
+
+
+def check_block_inputs(
+    features: Sequence[Tensor], weight: Tensor, bias: Tensor, schedule: Schedule
+) -> BlockInputs:
+    """Check types, shapes and slot counts; cast under autocast; flatten to (B, C, N).
+
+    Raises:
+        TypeError: for tensors that the operator cannot work on, or of mixed dtypes.
+        ValueError: for shapes, devices or numbers of slots that do not fit each other, and for an
+            output whose edges differ in weight id: they share one query projection.
+    """
+    slots = as_list("features", features)
+    first = slots[0]
+    check_first("features[0]", first)
+    device = first.device.type
+    autocast = None
+    if torch.is_autocast_enabled(device):
+        autocast = device
+        slots = cast_for_autocast(slots, device)
+        first = slots[0]
+    spatial = [x.shape[2:] for x in slots]
+    slots = flatten("features", slots, first)
+    for slot, x in enumerate(slots):
+        if x.size(1) != first.size(1):
+            raise ValueError(
+                f"features[{slot}]: got {x.size(1)} channels, expected {first.size(1)} as the "
+                "first tensor has"
+            )
+    count = max(schedule.num_queries, schedule.num_sources)
+    if len(slots) != count:
+        raise ValueError(f"features: got {len(slots)} slots, the schedule has {count}")
+    check_block_weights(weight, bias, first, schedule.num_weights)
+    for number, edge in enumerate(schedule.edges):
+        expected = schedule.groups[edge.output][0].weight
+        if edge.weight != expected:
+            raise ValueError(
+                f"schedule: edge {number} {tuple(edge)}: got weight id {edge.weight}, expected "
+                f"{expected} as the other edges of output slot {edge.output}"
+            )
+    return BlockInputs(slots, spatial, autocast)
+
+
+def check_block_weights(
+    weight: Tensor, bias: Tensor, features: Tensor | None, num_weights: int | None
+) -> None:
+    """Check folded projections: (W, 5, C, C) and (W, 5, C), of one dtype and device.
+
+    Raises:
+        TypeError: unless both have the dtype of the features or, for 16-bit features, float32.
+        ValueError: for other shapes or devices.
+    """
+    check = {"weight": weight, "bias": bias}
+    for name, x in check.items():
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:
+            raise TypeError(f"{name}: got {describe(x)}, expected a dense tensor")
+    if features is None:
+        dtypes: tuple[torch.dtype, ...] = tuple(ACCUMULATORS)
+        channels = weight.size(-1) if weight.dim() else 0
+    else:
+        dtypes = (features.dtype, ACCUMULATORS[features.dtype])
+        channels = features.size(1)
+    width = num_weights if num_weights is not None else weight.size(0) if weight.dim() else 0
+    shapes = {"weight": (width, 5, channels, channels), "bias": (width, 5, channels)}
+    for name, x in check.items():
+        if x.dtype not in dtypes or x.dtype is not weight.dtype:
+            names = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+            raise TypeError(f"{name}: got {describe(x)}, expected {names}, as the other")
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name}: got {describe(x)}, expected shape {shapes[name]}")
+        device = weight.device if features is None else features.device
+        if x.device != device or x.is_meta:
+            raise ValueError(f"{name}: got {describe(x)}, expected a tensor on {device}")
+
+
+def block_outputs(
+    out: Sequence[Tensor] | None,
+    inputs: BlockInputs,
+    weight: Tensor,
+    bias: Tensor,
+    schedule: Schedule,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs as the caller sees them and as (B, C, N); new ones if ``out`` is None.
+
+    Raises:
+        TypeError: for outputs of another dtype than the features.
+        ValueError: for another number, shape or device of outputs; for outputs whose spatial
+            dimensions have no common stride; for memory that is shared with an input, with
+            another output, or within an output.
+    """
+    queries = schedule.output_queries
+    if out is None:
+        flat = [new_output(inputs.features[q], inputs.features[q].size(1)) for q in queries]
+        shaped = [
+            x if len(inputs.spatial[q]) == 1 else x.unflatten(2, inputs.spatial[q])
+            for x, q in zip(flat, queries, strict=True)
+        ]
+        return shaped, flat
+    if isinstance(out, Tensor) or len(out) != len(queries):
+        raise ValueError(
+            f"out: got {describe(out) if isinstance(out, Tensor) else f'{len(out)} tensors'}, "
+            f"expected a sequence of {len(queries)} tensors"
+        )
+    outputs = list(out)
+    flat = []
+    for slot, (x, q) in enumerate(zip(outputs, queries, strict=True)):
+        query = inputs.features[q]
+        shape = (*query.shape[:2], *inputs.spatial[q])
+        if not isinstance(x, Tensor) or x.dtype is not query.dtype:
+            raise TypeError(f"out[{slot}]: got {describe(x)}, expected a {query.dtype} tensor")
+        if x.layout is not torch.strided or x.device != query.device or x.shape != shape:
+            raise ValueError(
+                f"out[{slot}]: got {describe(x)}, expected shape {shape} on {query.device}"
+            )
+        try:
+            flat.append(x.view(query.shape))
+        except RuntimeError:
+            raise ValueError(
+                f"out[{slot}]: got strides {x.stride()}, expected spatial dimensions with a "
+                "common stride"
+            ) from None
+    if not torch.compiler.is_compiling():  # traced tensors have no addresses
+        _check_memory(flat, [*inputs.features, weight, bias])
+    return outputs, flat
+
+
+def _check_memory(outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    for slot, x in enumerate(outputs):
+        if overlaps_itself(x):
+            raise ValueError(f"out[{slot}]: got strides {x.stride()} whose elements share memory")
+        if any(may_overlap(x, y) for y in inputs):
+            raise ValueError(f"out[{slot}]: shares memory with an input, expected its own")
+    for (i, x), (j, y) in combinations(enumerate(outputs), 2):
+        if may_overlap(x, y):
+            raise ValueError(f"out[{j}]: shares memory with out[{i}], expected its own")
