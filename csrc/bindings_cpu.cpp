@@ -1,0 +1,144 @@
+// Python module _core: pointers, strides and edges as integers in, nothing out but errors.
+//
+// The interface of every function is the plain struct it fills (problem.h). Python checks all
+// arguments, allocates all results, and keeps the tensors alive during the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace xattn {
+namespace {
+
+using Integers = std::vector<int64_t>;
+using Views = std::vector<std::array<int64_t, 5>>;  // data pointer, batch, channel, token stride, tokens
+
+static_assert(sizeof(View) == 5 * sizeof(int64_t), "a View is five integers");
+
+Span<const View> span(const Views& views) {
+  return {reinterpret_cast<const View*>(views.data()), static_cast<int64_t>(views.size())};
+}
+Span<void* const> pointers(const Integers& values) {
+  static_assert(sizeof(void*) == sizeof(int64_t), "64-bit pointers");
+  return {reinterpret_cast<void* const*>(values.data()), static_cast<int64_t>(values.size())};
+}
+void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
+
+// Flat edges, `fields` integers each: query, source, output and, for the block, weight.
+std::vector<Edge> make_edges(const Integers& flat, size_t fields) {
+  std::vector<Edge> edges;
+  for (size_t i = 0; i + fields <= flat.size(); i += fields)
+    edges.push_back({flat[i], flat[i + 1], flat[i + 2], fields == 4 ? flat[i + 3] : 0});
+  return edges;
+}
+Span<const Edge> span(const std::vector<Edge>& edges) { return {edges.data(), static_cast<int64_t>(edges.size())}; }
+
+void linear_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int feature_map, double eps,
+                    const Views& queries, const Views& keys, const Views& values, const Views& outputs,
+                    const Integers& edges, int64_t initial_s, int64_t initial_z, int64_t state_s, int64_t state_z,
+                    int threads) {
+  const std::vector<Edge> list = make_edges(edges, 3);
+  py::gil_scoped_release release;
+  kernels().linear_forward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
+                            span(keys), span(values), span(outputs), span(list), pointer(initial_s), pointer(initial_z),
+                            pointer(state_s), pointer(state_z)},
+                           threads);
+}
+
+void linear_backward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int feature_map, double eps,
+                     const Views& queries, const Views& keys, const Views& values, const Integers& edges,
+                     int64_t state_s, int64_t state_z, const Views& grad_outputs, int64_t grad_state_s,
+                     int64_t grad_state_z, const Views& grad_queries, const Views& grad_keys, const Views& grad_values,
+                     int64_t grad_initial_s, int64_t grad_initial_z, int threads) {
+  const std::vector<Edge> list = make_edges(edges, 3);
+  py::gil_scoped_release release;
+  // The kernel sees the outputs only through their gradients, which have the same token counts.
+  kernels().linear_backward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
+                             span(keys), span(values), span(grad_outputs), span(list), nullptr, nullptr,
+                             pointer(state_s), pointer(state_z)},
+                            {span(grad_outputs), pointer(grad_state_s), pointer(grad_state_z), span(grad_queries),
+                             span(grad_keys), span(grad_values), pointer(grad_initial_s), pointer(grad_initial_z)},
+                            threads);
+}
+
+void softmax_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int64_t heads, double scale,
+                     const Views& queries, const Views& keys, const Views& values, const Views& outputs,
+                     const Integers& edges, const Integers& lse, int threads) {
+  const std::vector<Edge> list = make_edges(edges, 3);
+  py::gil_scoped_release release;
+  kernels().softmax_forward({Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys),
+                             span(values), span(outputs), span(list), pointers(lse)},
+                            threads);
+}
+
+void softmax_backward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int64_t heads, double scale,
+                      const Views& queries, const Views& keys, const Views& values, const Views& outputs,
+                      const Integers& edges, const Integers& lse, const Views& grad_outputs, const Integers& grad_lse,
+                      const Views& grad_queries, const Views& grad_keys, const Views& grad_values, int threads) {
+  const std::vector<Edge> list = make_edges(edges, 3);
+  py::gil_scoped_release release;
+  kernels().softmax_backward(
+      {Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys), span(values),
+       span(outputs), span(list), pointers(lse)},
+      {span(grad_outputs), pointers(grad_lse), span(grad_queries), span(grad_keys), span(grad_values)}, threads);
+}
+
+void block_pack(int dtype, int64_t channels, int64_t weights, int64_t weight, int64_t bias, int64_t packed) {
+  py::gil_scoped_release release;
+  kernels().block_pack(Dtype(dtype), channels, weights, pointer(weight), pointer(bias), pointer(packed));
+}
+
+void block_forward(int dtype, int64_t batch, int64_t channels, double eps, const Views& features, int64_t packed,
+                   const Integers& edges, const Views& outputs, int threads) {
+  const std::vector<Edge> list = make_edges(edges, 4);
+  bool right_layout;
+  {
+    py::gil_scoped_release release;
+    right_layout = kernels().block_forward(
+        {Dtype(dtype), batch, channels, eps, span(features), span(outputs), span(list), pointer(packed)}, threads);
+  }
+  if (!right_layout)
+    throw std::runtime_error("packed: its layout is not that of this dtype and instruction set (" + instruction_set() +
+                             "); pack the weights again");
+}
+
+py::dict cpu_info() {
+  py::dict info;
+  info["isa"] = instruction_set();
+  info["available"] = available_instruction_sets();
+  info["compiled"] = compiled_instruction_sets();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Native CPU kernels of xattn_kernels; see csrc/problem.h for the arguments.";
+  if (const char* name = std::getenv("XATTN_CPU_ISA"); name != nullptr && *name != '\0') {
+    try {
+      set_instruction_set(name);
+    } catch (const std::invalid_argument& error) {
+      throw py::import_error(std::string("XATTN_CPU_ISA: ") + error.what());
+    }
+  }
+  module.def("cpu_info", &cpu_info);
+  module.def("set_isa", &set_instruction_set, py::arg("name"));
+  module.def("linear_forward", &linear_forward);
+  module.def("linear_backward", &linear_backward);
+  module.def("softmax_forward", &softmax_forward);
+  module.def("softmax_backward", &softmax_backward);
+  module.def("block_packed_bytes", [](int dtype, int64_t channels, int64_t weights) {
+    return kernels().block_packed_bytes(Dtype(dtype), channels, weights);
+  });
+  module.def("block_pack", &block_pack);
+  module.def("block_forward", &block_forward);
+}
+
+}  // namespace xattn

@@ -1,0 +1,21 @@
+// The entry points of one instruction set.
+#pragma once
+
+#include <cstddef>
+
+#include "../../problem.h"
+
+namespace xattn {
+
+struct Kernels {
+  void (*linear_forward)(const LinearProblem&, int threads);
+  void (*linear_backward)(const LinearProblem&, const LinearGradients&, int threads);
+  void (*softmax_forward)(const SoftmaxProblem&, int threads);
+  void (*softmax_backward)(const SoftmaxProblem&, const SoftmaxGradients&, int threads);
+  size_t (*block_packed_bytes)(Dtype, int64_t channels, int64_t weights);
+  void (*block_pack)(Dtype, int64_t channels, int64_t weights, const void* weight, const void* bias, void* packed);
+  // False if the weights were packed for another instruction set.
+  bool (*block_forward)(const BlockProblem&, int threads);
+};
+
+}  // namespace xattn

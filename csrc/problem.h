@@ -1,0 +1,80 @@
+// The problems that kernels take: plain structs of pointers, strides in elements and edges.
+//
+// Python has checked every number before it arrives here; kernels only compute.
+#pragma once
+
+#include <cstdint>
+
+namespace xattn {
+
+enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+enum class FeatureMap : int { kSoftplus = 0, kRelu = 1, kElu = 2, kIdentity = 3 };
+
+// A (batch, channels, tokens) tensor of any strides. `data` is null where a gradient is not wanted.
+struct View {
+  char* data;
+  int64_t batch_stride, channel_stride, token_stride;
+  int64_t tokens;
+};
+
+// `weight` is the projection set of cross_attention_block and 0 elsewhere.
+struct Edge {
+  int64_t query, source, output, weight;
+};
+
+template <class T>
+struct Span {
+  T* data;
+  int64_t size;
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+// Linear cross-attention. States are contiguous in the compute type (float, or double for
+// kFloat64): s is (outputs, batch, value_channels, channels), z is (outputs, batch, channels).
+struct LinearProblem {
+  Dtype dtype;
+  int64_t batch, channels, value_channels;
+  FeatureMap feature_map;
+  double eps;
+  Span<const View> queries, keys, values, outputs;
+  Span<const Edge> edges;
+  const void *initial_s, *initial_z;  // null: start from zero
+  void *state_s, *state_z;
+};
+
+struct LinearGradients {
+  Span<const View> grad_outputs;
+  const void *grad_state_s, *grad_state_z;  // null: no gradient
+  Span<const View> queries, keys, values;
+  void *initial_s, *initial_z;  // null: not wanted
+};
+
+// Softmax cross-attention. lse[o] is (batch, heads, tokens) contiguous in the compute type.
+struct SoftmaxProblem {
+  Dtype dtype;
+  int64_t batch, channels, value_channels, heads;
+  double scale;
+  Span<const View> queries, keys, values, outputs;
+  Span<const Edge> edges;
+  Span<void* const> lse;
+};
+
+struct SoftmaxGradients {
+  Span<const View> grad_outputs;
+  Span<void* const> grad_lse;  // null entries: no gradient
+  Span<const View> queries, keys, values;
+};
+
+// Cross-attention block: projections and linear attention of every edge, for inference. `packed` is
+// what the engine's own packing made of the folded weights.
+struct BlockProblem {
+  Dtype dtype;
+  int64_t batch, channels;
+  double eps;
+  Span<const View> features, outputs;
+  Span<const Edge> edges;
+  const void* packed;
+};
+
+}  // namespace xattn
