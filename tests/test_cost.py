@@ -120,7 +120,7 @@ class TestRewrites:
     ) -> None:
         others = tasks - 1 + auxiliary
         if others == 0:
-            with pytest.raises(ValueError, match="at least 2 tasks, .* got 1"):
+            with pytest.raises(ValueError, match=r"at least 2 tasks, .* got 1"):
                 fuse_block_flops(tasks, sizes, num_auxiliary=auxiliary)
             return
         macs = sum(n * c**2 for n, c in sizes)
