@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 # Already importable under the PEP 517 hooks; not when this file is run by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 
-from xattn_build.native import BuildNative, NativeDistribution  # noqa: E402
+from xattn_build.native import BuildNative, NativeDistribution
 
 kernels = find_packages(include=["xattn_kernels", "xattn_kernels.*"])
 # models/ installs under a name of ours: users' own repositories often have a package `models`.

@@ -28,31 +28,25 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
   endforeach()
 endif()
 
-pybind11_add_module(_core MODULE NO_EXTRAS csrc/bindings_cpu.cpp)
-add_library(xattn_cpu OBJECT ${XATTN_CPU_SOURCES})
-target_link_libraries(xattn_cpu PRIVATE xattn_flags)
+add_library(xattn_cpu OBJECT csrc/bindings_cpu.cpp ${XATTN_CPU_SOURCES})
+target_link_libraries(xattn_cpu PRIVATE xattn_flags pybind11::module)
 
 # Inline functions of the standard library are compiled into the objects of every instruction set
-# under one name, and the linker keeps the first copy it meets. Baseline objects therefore come
-# first: a copy built for AVX-512 must never serve a CPU without it.
+# under one name, and the linker keeps the first copy it meets. Objects therefore go from baseline
+# upwards: a copy built for AVX-512 must never serve code that runs without it.
 set(XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu>)
-set(XATTN_HAVE "")
 foreach(isa ${XATTN_ISAS})
   string(TOUPPER ${isa} upper)
-  list(APPEND XATTN_HAVE XATTN_HAVE_${upper}=1)
-  if(XATTN_KERNEL_SOURCES)
-    add_library(xattn_cpu_${isa} OBJECT ${XATTN_KERNEL_SOURCES})
-    target_link_libraries(xattn_cpu_${isa} PRIVATE xattn_flags)
-    target_compile_options(xattn_cpu_${isa} PRIVATE ${XATTN_FLAGS_${isa}})
-    target_compile_definitions(xattn_cpu_${isa} PRIVATE XATTN_ISA=${isa})
-    list(APPEND XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu_${isa}>)
-  endif()
+  target_compile_definitions(xattn_cpu PRIVATE XATTN_HAVE_${upper}=1)
+  add_library(xattn_cpu_${isa} OBJECT ${XATTN_KERNEL_SOURCES})
+  target_link_libraries(xattn_cpu_${isa} PRIVATE xattn_flags)
+  target_compile_options(xattn_cpu_${isa} PRIVATE ${XATTN_FLAGS_${isa}})
+  target_compile_definitions(xattn_cpu_${isa} PRIVATE XATTN_ISA=${isa})
+  list(APPEND XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu_${isa}>)
 endforeach()
-target_compile_definitions(xattn_cpu PRIVATE ${XATTN_HAVE})
-target_compile_definitions(_core PRIVATE ${XATTN_HAVE})
-target_sources(_core PRIVATE ${XATTN_OBJECTS})
+pybind11_add_module(_core MODULE NO_EXTRAS ${XATTN_OBJECTS})
 target_link_libraries(_core PRIVATE xattn_flags)
-install(TARGETS _core DESTINATION . COMPONENT modules)
+xattn_finish_module(_core)
 
 # What was built, for `python -m xattn_kernels info`.
 list(JOIN XATTN_ISAS " " XATTN_ISAS_TEXT)

@@ -54,12 +54,10 @@ class CudaPlan:
 
 
 def requested_mode(env: Mapping[str, str]) -> str:
-    """``XATTN_CUDA`` as one of ``auto``, ``1``, ``0``."""
-    mode = env.get("XATTN_CUDA", "").strip().lower() or "auto"
-    aliases = {"on": "1", "true": "1", "yes": "1", "off": "0", "false": "0", "no": "0"}
-    mode = aliases.get(mode, mode)
+    """``XATTN_CUDA``: ``auto`` (when unset), ``1`` or ``0``."""
+    mode = env.get("XATTN_CUDA") or "auto"
     if mode not in ("auto", "1", "0"):
-        raise BuildError(f"XATTN_CUDA={env['XATTN_CUDA']!r}: expected auto, 1 or 0")
+        raise BuildError(f"XATTN_CUDA={mode!r}: expected auto, 1 or 0")
     return mode
 
 
@@ -141,7 +139,9 @@ def parse_archs(text: str, variable: str) -> tuple[str, ...]:
     for word in re.split(r"[\s,;]+", text.strip()):
         match = _ARCH.match(word)
         if match is None:
-            raise BuildError(f"{variable}={text!r}: {word!r} is not an architecture such as 80, 9.0a or 12.0+PTX")
+            raise BuildError(
+                f"{variable}={text!r}: {word!r} is not an architecture such as 80, 9.0a, 12.0+PTX"
+            )
         major, minor, variant, suffix = match.groups()
         number = major + (minor or "")
         if int(number) < 20:
@@ -166,7 +166,9 @@ def choose_archs(
         archs = parse_archs(env["XATTN_CUDA_ARCHS"], "XATTN_CUDA_ARCHS")
         too_old = [arch for arch in archs if _number(arch) < OLDEST_ARCH]
         if too_old:
-            raise BuildError(f"XATTN_CUDA_ARCHS: {too_old[0]} is older than {OLDEST_ARCH}, the oldest supported")
+            raise BuildError(
+                f"XATTN_CUDA_ARCHS: {too_old[0]} is older than {OLDEST_ARCH}, the oldest supported"
+            )
         return archs, ()
     if env.get("TORCH_CUDA_ARCH_LIST"):
         # This list is meant for torch; what it names beyond our reach is no mistake of the user's.
@@ -191,11 +193,15 @@ def choose_archs(
         return _specialised(tuple(f"{gpu}-real" for gpu in visible)), ()
     possible = [arch for arch in DEFAULT_ARCHS if _number(arch) in known]
     if not possible:
-        raise BuildError(f"nvcc knows none of {', '.join(DEFAULT_ARCHS)}; a newer CUDA toolkit is needed")
+        raise BuildError(
+            f"nvcc knows none of {', '.join(DEFAULT_ARCHS)}; a newer CUDA toolkit is needed"
+        )
     notes = tuple(
-        f"architecture {arch} left out: this nvcc does not know it" for arch in DEFAULT_ARCHS if arch not in possible
+        f"architecture {arch} left out: this nvcc does not know it"
+        for arch in DEFAULT_ARCHS
+        if arch not in possible
     )
-    return tuple(f"{arch}-real" for arch in possible[:-1]) + (possible[-1],), notes
+    return (*(f"{arch}-real" for arch in possible[:-1]), possible[-1]), notes
 
 
 def archs_requested(env: Mapping[str, str]) -> bool:
@@ -217,9 +223,9 @@ def make_plan(env: Mapping[str, str]) -> CudaPlan:
     if nvcc is None:
         if mode == "1":
             raise BuildError(
-                "XATTN_CUDA=1, but no nvcc was found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH, "
-                "/usr/local/cuda and the nvidia-cuda-nvcc wheels). Install a CUDA toolkit or set "
-                "CUDA_HOME; XATTN_CUDA=0 builds without CUDA"
+                "XATTN_CUDA=1, but no nvcc was found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, "
+                "PATH, /usr/local/cuda and the nvidia-cuda-nvcc wheels). Install a CUDA toolkit "
+                "or set CUDA_HOME; XATTN_CUDA=0 builds without CUDA"
             )
         reason = "no GPU driver and no nvcc were found"
         if driver:

@@ -1,0 +1,170 @@
+"""What this installation can do, and why it cannot do the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn_kernels import registry
+from xattn_kernels._version import __version__
+from xattn_kernels.ops import native
+
+#: Written by the build beside the native modules.
+RECORD = Path(__file__).with_name("_build.json")
+#: Packages whose versions decide what works; those that are missing are reported as None.
+PACKAGES = ("torch", "numpy", "triton", "torchvision", "timm")
+
+
+def build_record() -> dict[str, Any] | None:
+    """Return what the build wrote beside the native modules; None without a build.
+
+    Keys: ``version``, ``python``, ``cpu`` (``compiler``, ``isas``), ``cuda`` (``built``,
+    ``requested``, ``reason``, ``toolkit``, ``architectures``).
+
+    Raises:
+        RuntimeError: if the file is there but cannot be read; the message names it.
+    """
+    try:
+        record: dict[str, Any] = json.loads(RECORD.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{RECORD} cannot be read ({error}); install again") from error
+    return record
+
+
+def collect() -> dict[str, Any]:
+    """Return everything ``python -m xattn_kernels info`` tells, as plain JSON values."""
+    build, build_error = None, None
+    try:
+        build = build_record()
+    except RuntimeError as error:
+        build_error = str(error)
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "engines": [
+            {"name": engine.name, "available": engine.available, "reason": engine.reason}
+            for engine in registry.list_backends()
+        ],
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "native": native.core().cpu_info() if native.load_error() is None else None,
+        },
+        "gpu": {"torch_cuda": torch.version.cuda, "devices": _gpus()},
+        "build": build,
+        "build_error": build_error,
+    }
+
+
+def to_text(facts: dict[str, Any]) -> str:
+    """Lay out the result of :func:`collect` for reading."""
+    versions = (f"{name} {version or '-'}" for name, version in facts["packages"].items())
+    lines = [
+        f"xattn_kernels {facts['version']}",
+        f"  Python {facts['python']} on {facts['platform']}",
+        f"  {', '.join(versions)}",
+        "",
+        'Engines, in the order in which "auto" tries them',
+    ]
+    for engine in facts["engines"]:
+        verdict = "available" if engine["available"] else f"no: {engine['reason']}"
+        lines.append(f"  {engine['name']:<10} {verdict}")
+    return "\n".join(
+        [*lines, "", *_cpu_lines(facts), "", *_gpu_lines(facts), "", *_build_lines(facts)]
+    )
+
+
+def _cpu_lines(facts: dict[str, Any]) -> list[str]:
+    cpu = facts["cpu"]
+    lines = [
+        "CPU",
+        f"  {cpu['model']}",
+        f"  {cpu['cores']} cores, {cpu['threads']} threads (torch.get_num_threads)",
+    ]
+    if cpu["native"] is not None:
+        isas = cpu["native"]
+        lines.append(
+            f"  kernels run as {isas['isa']}; this CPU can: {', '.join(isas['available'])}; "
+            f"compiled: {', '.join(isas['compiled'])}"
+        )
+    return lines
+
+
+def _gpu_lines(facts: dict[str, Any]) -> list[str]:
+    gpu = facts["gpu"]
+    cuda = gpu["torch_cuda"]
+    lines = ["GPU", f"  torch is built {f'with CUDA {cuda}' if cuda else 'without CUDA'}"]
+    if not gpu["devices"]:
+        lines.append("  none visible to torch")
+    lines += [
+        f"  {index}: {device['name']}, compute capability {device['capability']}, "
+        f"{device['memory_bytes'] / 2**30:.0f} GiB"
+        for index, device in enumerate(gpu["devices"])
+    ]
+    return lines
+
+
+def _build_lines(facts: dict[str, Any]) -> list[str]:
+    build = facts["build"]
+    if build is None:
+        return ["Build", f"  {facts['build_error'] or 'no native module was built here'}"]
+    cuda = build["cuda"]
+    lines = [
+        "Build",
+        f"  CPU module: {build['cpu']['compiler']}; {', '.join(build['cpu']['isas'])}",
+    ]
+    if cuda["built"]:
+        archs = ", ".join(cuda["architectures"])
+        lines.append(f"  CUDA module: toolkit {cuda['toolkit']}; {archs}")
+    else:
+        lines.append(f"  CUDA module not built (XATTN_CUDA={cuda['requested']}): {cuda['reason']}")
+    if build["version"] != facts["version"]:
+        lines.append(
+            f"  the modules are of version {build['version']}, the Python code of "
+            f"{facts['version']}: install again"
+        )
+    return lines
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return found
