@@ -30,6 +30,8 @@ endif()
 
 add_library(xattn_cpu OBJECT csrc/bindings_cpu.cpp ${XATTN_CPU_SOURCES})
 target_link_libraries(xattn_cpu PRIVATE xattn_flags pybind11::module)
+set_source_files_properties(
+  csrc/bindings_cpu.cpp PROPERTIES COMPILE_DEFINITIONS XATTN_VERSION="${XATTN_VERSION}")
 
 # Inline functions of the standard library are compiled into the objects of every instruction set
 # under one name, and the linker keeps the first copy it meets. Objects therefore go from baseline

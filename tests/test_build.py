@@ -258,7 +258,9 @@ class TestPackages:
         version = xattn_kernels.__version__
         assert importlib.metadata.version("xattn_kernels") == version
         assert xattn_models.__version__ == version
-        assert loader.core().__version__ == version
+        record = info.build_record()
+        assert record is not None
+        assert record["version"] == version
 
 
 class TestModule:
@@ -286,7 +288,7 @@ class TestModule:
     def test_record_agrees_with_the_module(self) -> None:
         record = info.build_record()
         assert record is not None
-        assert record["cpu"]["isas"] == loader.core().cpu_info()["compiled"]
+        assert sorted(record["cpu"]["isas"]) == sorted(loader.core().cpu_info()["compiled"])
 
     def test_subnormals_survive_loading(self) -> None:
         loader.core()
