@@ -264,7 +264,7 @@ class TestPackages:
 
 
 class TestModule:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def module(self) -> str:
         return str(loader.core().__file__)
 
