@@ -38,15 +38,23 @@ inline Vec<float> exp_negative(Vec<float> x) {
   return scale_by_power(polynomial(kExp2, r * 1.44269504f), n);
 }
 
+// 2^n * p for n in [-126, 0], integers as floats.
+inline Vec<float> scale_by_normal_power(Vec<float> p, Vec<float> n) {
+#if defined(__AVX512F__)
+  return scale_by_power(p, n);
+#else
+  return p * (Vec<float>)(((IntVec)(n + 12582912.0f) - 0x4B400000 + 127) << 23);
+#endif
+}
+
 // 2^x for x <= 0 with relative error 8e-8 and a floor of 2^-126: the weights of a softmax row.
 inline Vec<float> exp2_weight(Vec<float> x) {
   constexpr float kExp2[] = {1.000000072f,   0.6931469671f,  0.2402211972f,
-                             0.05550713276f, 0.009675541394f, 0.001327647152f};
+                             0.05550713276f, 0.009675541394, 0.001327647152f};
   const float magic = 12582912.0f;
   x = at_least(splat(-126.0f), x);
-  Vec<float> shifted = x + magic;
-  Vec<float> p = polynomial(kExp2, x - (shifted - magic));
-  return (Vec<float>)((IntVec)p + ((IntVec)shifted << 23));
+  const Vec<float> n = (x + magic) - magic;
+  return scale_by_normal_power(polynomial(kExp2, x - n), n);
 }
 inline Vec<double> exp2_weight(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp2(x[i]);
@@ -74,9 +82,8 @@ inline Vec<float> softplus_for_bfloat16(Vec<float> x) {
   constexpr float kLog1p[] = {0.9999432782f, -0.4969778104f, 0.3063009536f, -0.1574272444f, 0.04134732015f};
   const float magic = 12582912.0f;
   Vec<float> y = at_least(splat(-126.0f), absolute(x) * -1.44269504f);
-  Vec<float> shifted = y + magic;
-  Vec<float> t = polynomial(kExp2, y - (shifted - magic));
-  t = (Vec<float>)((IntVec)t + ((IntVec)shifted << 23));
+  const Vec<float> n = (y + magic) - magic;
+  const Vec<float> t = scale_by_normal_power(polynomial(kExp2, y - n), n);
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
 }
 
