@@ -17,14 +17,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops.block_inputs import block_outputs, check_block_inputs
-from xattn_kernels.ops.features import ACCUMULATORS, Features, describe
+from xattn_kernels.ops.block_inputs import (
+    block_outputs,
+    check_block_inputs,
+    check_block_weights,
+)
+from xattn_kernels.ops.cross_attention_block import op as block_op
+from xattn_kernels.ops.features import ACCUMULATORS, Features, describe, is_transformed
 from xattn_kernels.ops.inputs import Inputs, Part, check_inputs
+from xattn_kernels.ops.linear_cross_attention import op as linear_op
+from xattn_kernels.ops.softmax_cross_attention import op as softmax_op
+from xattn_kernels.registry import Problem, select
 from xattn_kernels.schedule import Schedule
 
 T = TypeVar("T")
 
-__all__ = ["cross_attention_block", "linear_cross_attention", "softmax_cross_attention"]
+__all__ = [
+    "cross_attention_block",
+    "linear_cross_attention",
+    "pack_block_weights",
+    "softmax_cross_attention",
+]
 
 FEATURE_MAPS = ("softplus", "relu", "elu", "identity")
 
@@ -215,10 +228,55 @@ def cross_attention_block(
                 )
     with _no_autocast(inputs.autocast), torch.no_grad():
         outputs, flat = block_outputs(out, inputs, weight, bias, schedule)
-        from xattn_kernels.ops.cross_attention_block import reference
+        engine = _block_engine(inputs.features[0].dtype, weight)
+        edges = schedule.edges_flat
+        if engine == "reference":
+            from xattn_kernels.ops.cross_attention_block import reference
 
-        reference.forward(inputs.features, weight, bias, schedule.edges_flat, eps, flat)
+            reference.forward(inputs.features, weight, bias, edges, eps, flat)
+        else:
+            if packed is None or packed.numel() == 0:
+                packed = block_op.pack_op(weight, bias, inputs.features[0].dtype, engine)
+            block_op.block_op(
+                inputs.features, packed, schedule.num_weights, edges, eps, flat, engine
+            )
     return outputs
+
+
+def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Lay weights out as the engine in force wants them for :func:`cross_attention_block`.
+
+    Args:
+        weight: (W, 5, C, C), as in :func:`cross_attention_block`.
+        bias: (W, 5, C).
+        dtype: dtype of the features that they will be used with. Default: that of ``weight``.
+
+    Returns:
+        An opaque tensor, valid for this engine and ``dtype``. Empty for the ``reference`` engine,
+        which needs none; every engine takes an empty one for none.
+
+    Raises:
+        RuntimeError: if the engine asked for cannot run the problem.
+        TypeError: if the weights are of another dtype than ``dtype`` or its accumulator's.
+        ValueError: for other shapes, or weights on different devices.
+    """
+    check_block_weights(weight, bias, None, None)
+    dtype = dtype or weight.dtype
+    engine = _block_engine(dtype, weight)
+    with torch.no_grad():
+        if engine == "reference":
+            return weight.new_empty(0, dtype=torch.uint8)
+        packed: Tensor = block_op.pack_op(weight, bias, dtype, engine)
+    return packed
+
+
+def _block_engine(dtype: torch.dtype, weight: Tensor) -> str:
+    channels = int(weight.size(-1))
+    return select(
+        Problem(
+            block_op.OP, dtype, weight.device.type, channels, channels, transformed=is_transformed()
+        )
+    )
 
 
 def _linear(
@@ -228,11 +286,13 @@ def _linear(
     state_s: Tensor | None = None,
     state_z: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    engine = part.engine("linear_cross_attention")
-    slots = part.query, part.key, part.value
-    from xattn_kernels.ops.linear_cross_attention import reference
+    engine = part.engine(linear_op.OP)
+    args = (*part[:4], state_s, state_z, feature_map, eps)
+    if engine == "reference":
+        from xattn_kernels.ops.linear_cross_attention import reference
 
-    return reference.forward(*slots, part.edges, state_s, state_z, feature_map, eps)
+        return reference.forward(*args)
+    return linear_op.call(*args, engine)
 
 
 def _softmax(part: Part, heads: int, scale: float | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -243,10 +303,13 @@ def _softmax(part: Part, heads: int, scale: float | None) -> tuple[list[Tensor],
             )
     if scale is None:
         scale = (part.channels // heads) ** -0.5
-    engine = part.engine("softmax_cross_attention", heads)
-    from xattn_kernels.ops.softmax_cross_attention import reference
+    engine = part.engine(softmax_op.OP, heads)
+    args = (*part[:4], heads, scale)
+    if engine == "reference":
+        from xattn_kernels.ops.softmax_cross_attention import reference
 
-    return reference.forward(part.query, part.key, part.value, part.edges, heads, scale)
+        return reference.forward(*args)
+    return softmax_op.call(*args, engine)
 
 
 def _by_width(inputs: Inputs, run: Callable[[Part], Sequence[T]]) -> list[T]:

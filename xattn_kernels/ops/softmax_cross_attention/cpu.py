@@ -1,0 +1,98 @@
+"""Softmax cross-attention on the native CPU module: online softmax, in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.native import (
+    DTYPE_CODES,
+    core,
+    cpu_refusals,
+    optional_views,
+    pointer,
+    views,
+)
+from xattn_kernels.ops.softmax_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.registry import Problem
+
+_core = core()
+
+
+def refusals(problem: Problem) -> list[str]:
+    """Why this engine cannot run a problem."""
+    return cpu_refusals(problem)
+
+
+def forward(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    edges: Sequence[int],
+    heads: int,
+    scale: float,
+) -> Result:
+    """Return outputs (B, Cv, N) and their log-sum-exps (B, heads, N)."""
+    outputs, lse = allocate(query, value, edges, heads)
+    _core.softmax_forward(
+        DTYPE_CODES[query[0].dtype],
+        query[0].size(0),
+        query[0].size(1),
+        value[0].size(1),
+        heads,
+        scale,
+        views(query),
+        views(key),
+        views(value),
+        views(outputs),
+        edges,
+        [x.data_ptr() for x in lse],
+        torch.get_num_threads(),
+    )
+    return outputs, lse
+
+
+def backward(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    output: Sequence[Tensor],
+    edges: Sequence[int],
+    lse: Sequence[Tensor],
+    grad_output: Sequence[Tensor | None],
+    grad_lse: Sequence[Tensor | None],
+    heads: int,
+    scale: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Return the wanted gradients, in the order queries, keys, values."""
+    gradients = allocate_gradients([*query, *key, *value], wanted)
+    by_slot = place_gradients(gradients, wanted)
+    keys, values = len(query), len(query) + len(key)
+    # The kernel reads these gradients as contiguous; held here, they live through the call.
+    dense_lse = [None if x is None else x.contiguous() for x in grad_lse]
+    _core.softmax_backward(
+        DTYPE_CODES[query[0].dtype],
+        query[0].size(0),
+        query[0].size(1),
+        value[0].size(1),
+        heads,
+        scale,
+        views(query),
+        views(key),
+        views(value),
+        views(output),
+        edges,
+        [x.data_ptr() for x in lse],
+        optional_views(grad_output, [query[q] for q, _ in group_by_output(edges)]),
+        [pointer(x) for x in dense_lse],
+        optional_views(by_slot[:keys], query),
+        optional_views(by_slot[keys:values], key),
+        optional_views(by_slot[values:], value),
+        torch.get_num_threads(),
+    )
+    return gradients
