@@ -67,10 +67,10 @@ class TestCensus:
             self.problems.append(f"{report.nodeid}: the whole file is skipped; skip its tests")
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.config.getoption("--expected-tests") == "write":
-            self._write()
-        else:
+        if self.config.getoption("--expected-tests") == "check":
             self._check()
+        elif session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self._write()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
