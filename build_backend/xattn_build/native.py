@@ -230,4 +230,4 @@ def _call(command: list[str], doing: str) -> None:
     print("+", shlex.join(command), flush=True)
     status = subprocess.run(command, check=False).returncode
     if status != 0:
-        raise BuildError(f"{doing} failed (exit status {status}); the compiler's words are above")
+        raise BuildError(f"{doing} failed (exit status {status})")
