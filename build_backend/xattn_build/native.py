@@ -68,7 +68,7 @@ class BuildNative(build_ext):
     def _build(self, plan: CudaPlan) -> None:
         work = Path(self.build_temp).resolve() / "cmake"
         for note in plan.notes:
-            self.announce(f"{PACKAGE}: {note}", level=4)
+            self.warn(note)
         if plan.build and plan.mode == "auto":
             try:
                 self._configure(work, plan)
@@ -79,7 +79,7 @@ class BuildNative(build_ext):
         else:
             self._configure(work, plan)
         if plan.worth_a_warning:
-            self.announce(f"{PACKAGE}: warning: CPU only: {plan.reason}", level=4)
+            self.warn(f"only the CPU module is built: {plan.reason}")
         jobs = parallel_jobs(os.environ, plan.build)
         _call([_tool("cmake"), "--build", str(work), "--parallel", str(jobs)], "compiling")
         destination = self._destination()
