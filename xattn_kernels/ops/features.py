@@ -26,6 +26,8 @@ def as_list(name: str, features: Features) -> list[Tensor]:
     """Return the slots of an argument that may be one tensor or a sequence of them."""
     if isinstance(features, Tensor):
         return [features]
+    if isinstance(features, list) and features:
+        return features
     if not isinstance(features, Sequence) or isinstance(features, str) or not features:
         raise TypeError(
             f"{name}: got {describe(features)}, expected a tensor or a non-empty sequence of them"
@@ -63,7 +65,7 @@ def flatten(name: str, features: list[Tensor], first: Tensor) -> list[Tensor]:
             shapes.
     """
     dtype, device, batch = first.dtype, first.device, first.size(0)
-    flat = []
+    copy = None
     for slot, x in enumerate(features):
         if (
             not isinstance(x, Tensor)
@@ -75,8 +77,11 @@ def flatten(name: str, features: list[Tensor], first: Tensor) -> list[Tensor]:
             or x.size(1) == 0
         ):
             _reject(f"{name}[{slot}]", x, first)
-        flat.append(x if dims == 3 else x.flatten(2))
-    return flat
+        if dims == 4:
+            if copy is None:
+                copy = list(features)
+            copy[slot] = x.flatten(2)
+    return copy or features
 
 
 def cast_for_autocast(features: list[Tensor], device: str) -> list[Tensor]:
@@ -113,6 +118,8 @@ def in_format_of(query: Tensor, output: Tensor) -> Tensor:
 
 def group_by_output(edges: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Turn flat (query, source, output) triples into one (query, sources) per output slot."""
+    if len(edges) == 3:
+        return [(edges[0], [edges[1]])]
     groups: dict[int, tuple[int, list[int]]] = {}
     for query, source, output in zip(edges[0::3], edges[1::3], edges[2::3], strict=True):
         groups.setdefault(output, (query, []))[1].append(source)

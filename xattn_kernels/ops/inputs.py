@@ -18,6 +18,7 @@ from xattn_kernels.ops.features import (
 from xattn_kernels.registry import Problem, select
 from xattn_kernels.schedule import Schedule
 
+#: For speed: what a single query, source and output need. Not to be changed.
 _ONE_EDGE = [0, 0, 0]
 
 
@@ -59,25 +60,29 @@ class Inputs(NamedTuple):
     """Whether the caller gave tensors, and not lists."""
     autocast: str | None
     """The device type under whose autocast the slots were cast, if any."""
-    spatial: list[torch.Size]
-    """The shape of each query after its channels, as the caller gave it."""
+    given: list[Tensor]
+    """The queries in the caller's shape."""
 
     def whole(self) -> Part | None:
         """All slots as one part; None if they differ in width."""
-        channels, value_channels = self.query[0].size(1), self.value[0].size(1)
-        if (
-            any(q.size(1) != channels for q in self.query)
-            or any(k.size(1) != channels for k in self.key)
-            or any(v.size(1) != value_channels for v in self.value)
-        ):
-            return None
-        if self.schedule is not None:
-            edges = self.schedule.triples_flat
-        elif len(self.query) == 1:
+        query, key, value, schedule = self[:4]
+        channels, value_channels = query[0].size(1), value[0].size(1)
+        for x in query:
+            if x.size(1) != channels:
+                return None
+        for x in key:
+            if x.size(1) != channels:
+                return None
+        for x in value:
+            if x.size(1) != value_channels:
+                return None
+        if schedule is not None:
+            edges = schedule.triples_flat
+        elif len(query) == 1:
             edges = _ONE_EDGE
         else:
-            edges = [slot for slot in range(len(self.query)) for _ in range(3)]
-        return Part(self.query, self.key, self.value, edges, channels, value_channels)
+            edges = [slot for slot in range(len(query)) for _ in range(3)]
+        return Part(query, key, value, edges, channels, value_channels)
 
     def by_width(self) -> list[tuple[Part, list[int]]]:
         """One part for each pair of widths (C, Cv), with the output slots that it computes.
@@ -115,14 +120,14 @@ class Inputs(NamedTuple):
 
     def restore(self, outputs: list[Tensor]) -> list[Tensor] | Tensor:
         """Give outputs the spatial shape of their queries, and the caller's structure."""
-        if self.single and len(self.spatial[0]) == 1 and len(outputs) == 1:
-            return outputs[0]
-        queries = range(len(outputs)) if self.schedule is None else self.schedule.output_queries
-        shaped = [
-            output if len(self.spatial[q]) == 1 else output.unflatten(2, self.spatial[q])
-            for output, q in zip(outputs, queries, strict=True)
-        ]
-        return self.unwrap(shaped)
+        given = self.given
+        if given is not self.query:  # some are 4-D
+            queries = range(len(outputs)) if self.schedule is None else self.schedule.output_queries
+            outputs = [
+                output if given[q].dim() == 3 else output.unflatten(2, given[q].shape[2:])
+                for output, q in zip(outputs, queries, strict=True)
+            ]
+        return self.unwrap(outputs)
 
     def unwrap(self, per_output: list[Tensor]) -> list[Tensor] | Tensor:
         """A list with an entry per output in the caller's structure."""
@@ -150,7 +155,7 @@ def check_inputs(
         autocast = device
         queries, keys, values = (cast_for_autocast(x, device) for x in (queries, keys, values))
         first = queries[0]
-    spatial = [x.shape[2:] for x in queries]
+    given = queries
     queries = flatten("query", queries, first)
     keys = flatten("key", keys, first)
     values = flatten("value", values, first)
@@ -168,9 +173,10 @@ def check_inputs(
         ):
             if len(slots) != count:
                 raise ValueError(f"{name}: got {len(slots)} slots, the schedule has {count}")
-    for slot, (k, v) in enumerate(zip(keys, values, strict=True)):
+    for k, v in zip(keys, values, strict=True):
         if k.size(2) != v.size(2):
+            slot = next(i for i, x in enumerate(keys) if x is k)
             raise ValueError(
                 f"value[{slot}]: got {v.size(2)} tokens, expected {k.size(2)} as key[{slot}] has"
             )
-    return Inputs(queries, keys, values, schedule, single, autocast, spatial)
+    return Inputs(queries, keys, values, schedule, single, autocast, given)
