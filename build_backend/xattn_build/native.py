@@ -40,6 +40,8 @@ class NativeDistribution(Distribution):
 class BuildNative(build_ext):
     """Configure, build and install with CMake, into the build folder or beside the sources."""
 
+    command_name = "build_ext"
+
     def run(self) -> None:
         try:
             check_host(os.environ)
