@@ -27,7 +27,7 @@ help:
 	@echo "make expected-tests    write tests/expected_tests.json anew"
 
 setup: $(INSTALLED)
-	@$(MAKE) --no-print-directory $(NATIVE)
+	@$(MAKE) --silent --no-print-directory $(NATIVE)
 
 # torch first and by itself, so that nothing below chooses another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -40,8 +40,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(NATIVE): $(NATIVE_SOURCES) | $(INSTALLED)
+	echo "Native sources changed: building"
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
-	@touch $@
+	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py $(if $(IMAGE),--image '$(IMAGE)')
