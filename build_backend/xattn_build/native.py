@@ -67,8 +67,14 @@ class BuildNative(build_ext):
     def _destination(self) -> Path:
         return ROOT / PACKAGE if self._in_place() else Path(self.build_lib).resolve() / PACKAGE
 
+    def _work_folder(self) -> Path:
+        """Where CMake works; kept between in-place builds, so that those compile what changed."""
+        if self._in_place():
+            return ROOT / "build" / f"inplace-{self.plat_name}-{sys.implementation.cache_tag}"
+        return Path(self.build_temp).resolve() / "cmake"
+
     def _build(self, plan: CudaPlan) -> None:
-        work = Path(self.build_temp).resolve() / "cmake"
+        work = self._work_folder()
         for note in plan.notes:
             self.warn(note)
         if plan.build and plan.mode == "auto":
@@ -114,12 +120,14 @@ class BuildNative(build_ext):
                 f"-DCMAKE_CUDA_COMPILER={plan.nvcc}",
                 f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(plan.archs)}",
             ]
-        # What CMake once found it keeps; a build in another environment must look again.
+        # What CMake once found it keeps; a build in another environment must look again. Objects
+        # stay: ninja compiles those anew whose command differs.
         key = work / "configure.txt"
         current = "\n".join([*command, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS"))])
         if not key.exists() or key.read_text() != current:
-            shutil.rmtree(work / "CMakeFiles", ignore_errors=True)
             (work / "CMakeCache.txt").unlink(missing_ok=True)
+            for compilers_found in (work / "CMakeFiles").glob("[0-9]*"):
+                shutil.rmtree(compilers_found)
         key.unlink(missing_ok=True)
         _call(command, "configuring")
         key.write_text(current)
