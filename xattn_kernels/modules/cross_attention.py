@@ -1,0 +1,101 @@
+"""Cross-attention between two feature maps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn_kernels import functional
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
+from xattn_kernels.modules.cache import CacheOwner, DerivedCache
+from xattn_kernels.modules.checks import (
+    cast_for_autocast,
+    check_features,
+    check_kind,
+    check_width,
+    in_format_of,
+)
+from xattn_kernels.modules.layers import ProjectionSet
+
+_ONE_EDGE = Wiring(((0, 1, 0),), 2)
+
+
+class CrossAttention(CacheOwner, ProjectionSet):
+    r"""A target attends to a source: the cross-attention module (CAM) of SCA-MTL.
+
+    With x_t the target, x_a the source and bn(W .) a 1x1 convolution with batch norm::
+
+        q = bn(W_q2 relu(bn(W_q1 x_t)))   k = bn(W_k2 relu(bn(W_k1 x_a)))   v = relu(bn(W_v x_a))
+        linear:  out_m = sum_n v_n (phi(k_n) . phi(q_m)) / max(sum_n phi(k_n) . phi(q_m), 1e-12)
+        softmax: out_m = sum_n v_n softmax_n(k_n . q_m / sqrt(C / heads))   per head
+
+    with phi the softplus. Kim, Choi, Min, "Sequential Cross Attention Based Multi-task Learning"
+    (arXiv 2209.02518), whose kind is "linear".
+
+    Parameters and buffers are named ``{query,key}_project.{0,1}.{conv,bn}.*`` and
+    ``value_project.{conv,bn}.*``. In inference, batch norms are folded into weights that are kept
+    and follow the parameters; see `clear_cache`.
+
+    Args:
+        channels: width C of target, source and output.
+        kind: "linear" or "softmax".
+        heads: heads of kind "softmax"; divides C.
+
+    Raises:
+        ValueError: for other values of these.
+    """
+
+    def __init__(self, channels: int, *, kind: str = "linear", heads: int = 1) -> None:
+        check_width("channels", channels)
+        check_kind(kind, heads, [channels])
+        super().__init__(channels)
+        self.channels = channels
+        self.kind = kind
+        self.heads = heads
+        self._cache = DerivedCache()
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            target: (B, C, H, W) in the parameters' dtype (under autocast, any).
+            source: (B, C, H', W').
+
+        Returns:
+            (B, C, H, W) in the memory format of `target` and its dtype (under autocast, that of
+            autocast).
+
+        Raises:
+            TypeError: for tensors of another dtype.
+            ValueError: for other shapes or devices; in training, for a single value per channel.
+        """
+        widths = self.channels
+        check_features(
+            [("target", target, widths), ("source", source, widths)], self.value_project.conv.weight
+        )
+        features = [cast_for_autocast(target), cast_for_autocast(source)]
+        device = target.device.type
+        if not can_pack([self], features):
+            return in_format_of(self._call_layers(*features), target)
+        with torch.autocast(device, enabled=False):
+            if self.kind == "linear" and is_inference([self], features):
+                [output] = attend_folded([self], _ONE_EDGE, features, self._cache, "block")
+            else:
+                [output] = attend([self], _ONE_EDGE, features, self.kind, self.heads)
+        return in_format_of(output, target)
+
+    def _call_layers(self, target: Tensor, source: Tensor) -> Tensor:
+        """The same with every layer called, for layers that are not the stock ones."""
+        query = self.query_project[1](F.relu(self.query_project[0](target)))
+        key = self.key_project[1](F.relu(self.key_project[0](source)))
+        value = F.relu(self.value_project(source))
+        output: Tensor
+        if self.kind == "linear":
+            output = functional.linear_cross_attention(query, key, value)
+        else:
+            output = functional.softmax_cross_attention(query, key, value, heads=self.heads)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kind={self.kind!r}, heads={self.heads}"

@@ -1,0 +1,298 @@
+"""Cross-attention of one task's scales to its coarser ones, and the head that aggregates them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn_kernels.modules import normalisation
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
+from xattn_kernels.modules.cache import CacheOwner, DerivedCache
+from xattn_kernels.modules.checks import (
+    cast_for_autocast,
+    check_features,
+    check_kind,
+    check_width,
+    in_format_of,
+)
+from xattn_kernels.modules.cross_attention import CrossAttention
+from xattn_kernels.modules.layers import is_stock, sum_repeats
+from xattn_kernels.ops.features import ACCUMULATORS
+
+CHUNK = 120
+"""Hidden channels of the head that exist at a time in inference."""
+
+
+class _Scales(CacheOwner):
+    """Adapters and blocks of cross-scale attention, under the names of the reference."""
+
+    def _add_scales(self, channels: Sequence[int], kind: str, heads: int) -> None:
+        self.channels = tuple(channels)
+        self.kind = kind
+        self.heads = heads
+        self._cache = DerivedCache()
+        self._wirings = [
+            Wiring(tuple((0, 1 + i, 0) for i in range(count)), 1 + count)
+            for count in reversed(range(1, len(channels)))
+        ]
+        for target in reversed(range(len(channels) - 1)):
+            block = CrossAttention(channels[target], kind=kind, heads=heads)
+            self.add_module(f"cross_scale_attention{target}", block)
+            for source in range(target + 1, len(channels)):
+                adapter = nn.Sequential(
+                    nn.Conv2d(channels[source], channels[target], 1, bias=False),
+                    nn.BatchNorm2d(channels[target]),
+                )
+                self.add_module(f"upsample{source}{target}", adapter)
+
+    def _block(self, target: int) -> CrossAttention:
+        block = self.get_submodule(f"cross_scale_attention{target}")
+        assert isinstance(block, CrossAttention)
+        return block
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        if isinstance(features, Tensor) or len(features) != len(self.channels):
+            raise ValueError(
+                f"features: got {len(features)} tensors, expected a sequence of "
+                f"{len(self.channels)}, finest first"
+            )
+        named = [
+            (f"features[{s}]", x, width)
+            for s, (x, width) in enumerate(zip(features, self.channels, strict=True))
+        ]
+        check_features(
+            named, self.get_submodule("cross_scale_attention0").value_project.conv.weight
+        )
+
+    def _attend(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Attended maps [target][source - target - 1]."""
+        last = torch.channels_last
+        coarse = [x.contiguous(memory_format=last) for x in features[1:]]
+        return [self._attend_target(t, features[t], coarse[t:]) for t in range(len(coarse))]
+
+    def _attend_target(self, t: int, target: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+        """One target's maps; the sources share its block, which projects the target once."""
+        block = self._block(t)
+        names = [f"upsample{t + 1 + i}{t}" for i in range(len(sources))]
+        adapters = [self.get_submodule(name) for name in names]
+        device = target.device.type
+        inference = is_inference([block, *adapters], [target, *sources])
+        if inference and is_stock(*adapters):
+            adapted = [
+                self._adapt_folded(name, adapter, x)
+                for name, adapter, x in zip(names, adapters, sources, strict=True)
+            ]
+        else:
+            adapted = [adapter(x) for adapter, x in zip(adapters, sources, strict=True)]
+        cells = [target, *adapted]
+        if not can_pack([block], cells):
+            return [block(target, x) for x in adapted]
+        wiring = self._wirings[t]
+        with torch.autocast(device, enabled=False):
+            if inference and self.kind == "linear":
+                return attend_folded([block], wiring, cells, self._cache, f"block{t}")
+            return attend([block], wiring, cells, self.kind, self.heads)
+
+    def _adapt_folded(self, name: str, adapter: nn.Module, x: Tensor) -> Tensor:
+        """An adapter in inference, its batch norm folded."""
+        convolution, norm = adapter.children()
+        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+
+        def make() -> tuple[Tensor, Tensor]:
+            weight, bias = normalisation.fold([convolution], [norm], ACCUMULATORS[x.dtype])
+            return weight[0].to(x.dtype), bias[0].to(x.dtype)
+
+        sources = normalisation.tensors(convolution, norm)
+        return F.conv2d(x, *self._cache.get(name, sources, (x.dtype, norm.eps), make))
+
+    def extra_repr(self) -> str:
+        return f"{list(self.channels)}, kind={self.kind!r}, heads={self.heads}"
+
+
+class CrossScaleAttention(_Scales):
+    r"""Every scale of one task attends to every coarser one: the CSAM of SCA-MTL.
+
+    For target scale s and each r > s, with A_rs a 1x1 convolution with batch norm to the target's
+    width and one `CrossAttention` per target scale, used for all its sources::
+
+        c_sr = CAM_s(x_s, A_rs x_r)       (B, C_s, H_s, W_s)
+
+    Sources keep their resolution. The coarsest scale attends to nothing. Kim, Choi, Min,
+    "Sequential Cross Attention Based Multi-task Learning" (arXiv 2209.02518).
+
+    Parameters and buffers are named ``cross_scale_attention<s>.*`` (`CrossAttention`) and
+    ``upsample<r><s>.{0,1}.*``. In training a block's query batch norms see the same statistics
+    once per source, as calling the block for one source after the other does.
+
+    Args:
+        channels: widths C_s, finest scale first; at least two.
+        kind: "linear" or "softmax", see `CrossAttention`.
+        heads: heads of kind "softmax"; divides all widths but the last.
+
+    Raises:
+        ValueError: for fewer than two scales, or other values of these.
+    """
+
+    def __init__(self, channels: Sequence[int], *, kind: str = "linear", heads: int = 1) -> None:
+        _check_channels(channels, kind, heads)
+        super().__init__()
+        self._add_scales(channels, kind, heads)
+
+    def forward(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Attend.
+
+        Args:
+            features: (B, C_s, H_s, W_s) for every scale, finest first, in the parameters' dtype
+                (under autocast, any).
+
+        Returns:
+            For every scale s but the coarsest, the maps c_sr for r = s+1, s+2, ..., each
+            (B, C_s, H_s, W_s) in the memory format of features[s] and its dtype (under autocast,
+            that of autocast).
+
+        Raises:
+            TypeError: for tensors of another dtype.
+            ValueError: for another number of scales, other shapes or devices; in training, for a
+                single value per channel.
+        """
+        self._check(features)
+        maps = self._attend([cast_for_autocast(x) for x in features])
+        return [[in_format_of(y, x) for y in row] for x, row in zip(features, maps, strict=False)]
+
+
+class CrossScaleHead(_Scales):
+    """`CrossScaleAttention` of one task and the aggregation of all its scales into an output.
+
+    With ^ the bilinear interpolation to the size of scale 0 (align_corners=False) and L a 1x1
+    convolution, batch norm, relu and a 1x1 convolution, for four scales::
+
+        y = L([x_0, c_01, x_0, c_02, x_0, c_03, ^(x_1, c_12), ^(x_1, c_13), ^(x_2, c_23), ^x_3])
+
+    The first convolution of L is applied before the interpolation, with which it commutes, at each
+    scale's own resolution, and the weights of repeated inputs are summed. Kim, Choi, Min,
+    "Sequential Cross Attention Based Multi-task Learning" (arXiv 2209.02518).
+
+    Parameters and buffers are named as in `CrossScaleAttention`, and ``last_layer.{0,1,3}.*``.
+
+    Args:
+        channels: widths C_s, finest scale first; at least two.
+        num_outputs: channels of the output.
+        kind: "linear" or "softmax", see `CrossAttention`.
+        heads: heads of kind "softmax"; divides all widths but the last.
+
+    Raises:
+        ValueError: for fewer than two scales, or other values of these.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], num_outputs: int, *, kind: str = "linear", heads: int = 1
+    ) -> None:
+        _check_channels(channels, kind, heads)
+        check_width("num_outputs", num_outputs)
+        super().__init__()
+        coarser = range(len(channels) - 1, 0, -1)
+        self._widths = [2 * n * c for n, c in zip(coarser, channels, strict=False)] + [channels[-1]]
+        width = sum(self._widths)
+        self.num_outputs = num_outputs
+        self.last_layer = nn.Sequential(
+            nn.Conv2d(width, width, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, num_outputs, 1),
+        )
+        self._add_scales(channels, kind, heads)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Attend and aggregate.
+
+        Args:
+            features: (B, C_s, H_s, W_s) for every scale, finest first, in the parameters' dtype
+                (under autocast, any).
+
+        Returns:
+            (B, num_outputs, H_0, W_0) in the memory format of features[0] and its dtype (under
+            autocast, that of autocast).
+
+        Raises:
+            TypeError: for tensors of another dtype.
+            ValueError: for another number of scales, other shapes or devices; in training, for a
+                single value per channel.
+        """
+        self._check(features)
+        cast = [cast_for_autocast(x) for x in features]
+        rows = [[x, *row] for x, row in zip(cast, [*self._attend(cast), []], strict=True)]
+        if not is_stock(self.last_layer):
+            return self._call_layers(rows)
+        last = torch.channels_last
+        inputs = [
+            torch.cat([part.contiguous(memory_format=last) for part in row], dim=1) for row in rows
+        ]
+        compiling = torch.compiler.is_compiling()
+        if not compiling and is_inference([self.last_layer], inputs):
+            with torch.autocast(cast[0].device.type, enabled=False):
+                return in_format_of(self._infer(inputs), features[0])
+        first, norm, _, classifier = self.last_layer
+        assert isinstance(first, nn.Conv2d)
+        size = inputs[0].shape[2:]
+        weights = self._by_scale(first.weight)
+        hidden = F.conv2d(inputs[0], weights[0], first.bias)
+        for x, weight in zip(inputs[1:], weights[1:], strict=True):
+            hidden += _resize(F.conv2d(x, weight), size)
+        return in_format_of(classifier(F.relu(norm(hidden), inplace=True)), features[0])
+
+    def _by_scale(self, weight: Tensor) -> list[Tensor]:
+        """The first convolution's weights for [x_s, c_s..] of each scale, without the repeats."""
+        *parts, coarsest = weight.split(self._widths, dim=1)
+        folded = [sum_repeats(w, c) for w, c in zip(parts, self.channels, strict=False)]
+        return [*folded, coarsest]
+
+    def _infer(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The aggregation in inference, a few hidden channels at a time: they never all exist."""
+        first, norm, _, classifier = self.last_layer
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(classifier, nn.Conv2d)
+        dtype = inputs[0].dtype
+
+        def make() -> tuple[list[Tensor], Tensor]:
+            weight, bias = normalisation.fold([first], [norm], ACCUMULATORS[dtype])
+            return [w.to(dtype) for w in self._by_scale(weight[0])], bias[0].to(dtype)
+
+        sources = normalisation.tensors(first, norm)
+        weights, bias = self._cache.get("last_layer", sources, (dtype, norm.eps), make)
+        size = inputs[0].shape[2:]
+        output = None
+        for start in range(0, len(bias), CHUNK):
+            part = slice(start, start + CHUNK)
+            hidden = F.conv2d(inputs[0], weights[0][part], bias[part])
+            for x, weight in zip(inputs[1:], weights[1:], strict=True):
+                hidden += _resize(F.conv2d(x, weight[part]), size)
+            scores = F.conv2d(hidden.relu_(), classifier.weight[:, part].to(dtype))
+            scores = scores.to(ACCUMULATORS[dtype])
+            output = scores if output is None else output.add_(scores)
+        assert output is not None
+        if classifier.bias is not None:
+            output += classifier.bias[:, None, None]
+        return output.to(dtype)
+
+    def _call_layers(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The aggregation with every layer called, for layers that are not the stock ones."""
+        parts = [torch.cat([x, y], dim=1) for x, *row in rows[:-1] for y in row]
+        size = rows[0][0].shape[2:]
+        resized = [_resize(part, size) for part in (*parts, rows[-1][0])]
+        output: Tensor = self.last_layer(torch.cat(resized, dim=1))
+        return output
+
+
+def _resize(x: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _check_channels(channels: Sequence[int], kind: str, heads: int) -> None:
+    if isinstance(channels, int) or len(channels) < 2:
+        raise ValueError(f"channels: got {channels!r}, expected at least two widths, finest first")
+    for scale, width in enumerate(channels):
+        check_width(f"channels[{scale}]", width)
+    check_kind(kind, heads, channels[:-1])
