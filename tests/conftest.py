@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-EXPECTED = Path(__file__).with_name("expected_tests.json")
+import expected_tests
+from expected_tests import pytest_addoption
+
+__all__ = ["pytest_addoption"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,90 +24,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--expected-tests",
-        choices=("off", "check", "write"),
-        default="off",
-        help=f"compare the tests that ran with {EXPECTED.name}, or write that file anew",
-    )
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):
-        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    elif config.getoption("--expected-tests") != "off":
-        config.pluginmanager.register(TestCensus(config), "test-census")
-
-
-class TestCensus:
-    """Counts tests by file, and skipped ones by file and reason, against expected_tests.json.
-
-    A test that disappears fails the run, and so does one that is skipped (or expected to fail) for
-    a reason that is not listed for its file, or more often than listed.
-    """
-
-    __test__ = False
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.seen: dict[str, set[str]] = defaultdict(set)
-        self.skips: dict[str, Counter[str]] = defaultdict(Counter)
-        self.problems: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.partition("::")[0]
-        self.seen[file].add(report.nodeid)
-        if report.skipped:
-            self.skips[file][_skip_reason(report)] += 1
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.skipped:
-            self.problems.append(f"{report.nodeid}: the whole file is skipped; skip its tests")
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.config.getoption("--expected-tests") == "check":
-            self._check()
-        elif session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            self._write()
-        if self.problems and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.problems:
-            terminalreporter.section("expected tests", red=True)
-            terminalreporter.line("\n".join(self.problems))
-            terminalreporter.line(
-                f"If that is meant: make expected-tests, and commit {EXPECTED.name}."
-            )
-
-    def _check(self) -> None:
-        expected = json.loads(EXPECTED.read_text())
-        for file in sorted({*expected["tests"], *self.seen}):
-            wanted, ran = expected["tests"].get(file, 0), len(self.seen[file])
-            if wanted != ran:
-                self.problems.append(f"{file}: {wanted} tests expected, {ran} run")
-            allowed = expected["skips"].get(file, {})
-            for reason, count in sorted(self.skips[file].items()):
-                if count > allowed.get(reason, 0):
-                    self.problems.append(
-                        f"{file}: {count} skipped, {allowed.get(reason, 0)} allowed: {reason}"
-                    )
-
-    def _write(self) -> None:
-        """Skips of other machines stay listed; those that are gone for good are removed by hand."""
-        skips = json.loads(EXPECTED.read_text())["skips"] if EXPECTED.exists() else {}
-        skips = {file: reasons for file, reasons in skips.items() if file in self.seen}
-        for file, counts in self.skips.items():
-            skips[file] = {**skips.get(file, {}), **counts}
-        tests = {file: len(ids) for file, ids in self.seen.items()}
-        text = json.dumps({"tests": tests, "skips": skips}, indent=2, sort_keys=True)
-        EXPECTED.write_text(text + "\n")
-
-
-def _skip_reason(report: pytest.TestReport) -> str:
-    if hasattr(report, "wasxfail"):
-        return f"xfail: {report.wasxfail}"
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return reason.removeprefix("Skipped: ")
+    expected_tests.pytest_configure(config)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
