@@ -42,7 +42,9 @@ foreach(isa ${XATTN_ISAS})
   target_compile_definitions(xattn_cpu PRIVATE XATTN_HAVE_${upper}=1)
   add_library(xattn_cpu_${isa} OBJECT ${XATTN_KERNEL_SOURCES})
   target_link_libraries(xattn_cpu_${isa} PRIVATE xattn_flags)
-  target_compile_options(xattn_cpu_${isa} PRIVATE ${XATTN_FLAGS_${isa}})
+  # GCC would make a second copy of a product's inner loop for unit strides, and spill registers in both.
+  target_compile_options(xattn_cpu_${isa} PRIVATE ${XATTN_FLAGS_${isa}}
+                         $<$<CXX_COMPILER_ID:GNU>:-fno-version-loops-for-strides>)
   target_compile_definitions(xattn_cpu_${isa} PRIVATE XATTN_ISA=${isa})
   list(APPEND XATTN_OBJECTS $<TARGET_OBJECTS:xattn_cpu_${isa}>)
 endforeach()

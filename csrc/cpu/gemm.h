@@ -39,12 +39,16 @@ struct BFloat16Pair {
     return (Vec<Real>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
+// bfloat16 of two vectors, one after the other.
+inline Vec<uint32_t> round_pair(Vec<float> first, Vec<float> second) {
+  return (Vec<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+// bfloat16 of two vectors, interleaved.
 inline Vec<uint32_t> make_pairs(Vec<float> even, Vec<float> odd) {
   const __m512i interleave = (__m512i)(
       Vec<uint16_t>{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  return (Vec<uint32_t>)_mm512_permutexvar_epi16(interleave, both);
+  return (Vec<uint32_t>)_mm512_permutexvar_epi16(interleave, (__m512i)round_pair(even, odd));
 }
 #endif
 
@@ -69,6 +73,7 @@ struct Product {
   const Real* row_bias = nullptr;     // m values
   const Real* column_bias = nullptr;  // n values
   bool relu = false;
+  ptrdiff_t a_column = 1;  // kAccumulate: elements between columns of A, so that A may be m-major
 };
 
 enum class Output { kReal, kAccumulate, kUnits };
@@ -95,7 +100,8 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
     }
   }
   const ptrdiff_t a_row = p.a.row, b_row = p.b.row;
-  const Unit* a = p.a.data + m / kWidth * p.a.panel + m % kWidth + k0 * a_row;
+  const ptrdiff_t a_column = kOutput == Output::kAccumulate ? p.a_column : 1;
+  const Unit* a = p.a.data + m / kWidth * p.a.panel + m % kWidth * a_column + k0 * a_row;
   const Unit* b = p.b.data + n / kWidth * p.b.panel + k0 * b_row;
   for (int64_t k = k0; k < k1; ++k, a += a_row, b += b_row) {
     Vec<Unit> right[kV];
@@ -103,7 +109,7 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
     for (int v = 0; v < kV; ++v) right[v] = load(b + v * kW);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
-      const Vec<Unit> left = splat(a[i]);
+      const Vec<Unit> left = splat(a[i * a_column]);
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) sum[i][v] = Op::multiply_add(sum[i][v], left, right[v]);
     }

@@ -80,10 +80,10 @@ inline Vec<double> softplus(Vec<double> x) {
 inline Vec<float> softplus_for_bfloat16(Vec<float> x) {
   constexpr float kExp2[] = {0.9999280732f, 0.6932609842f, 0.2426111243f, 0.0551716748f};
   constexpr float kLog1p[] = {0.9999432782f, -0.4969778104f, 0.3063009536f, -0.1574272444f, 0.04134732015f};
-  const float magic = 12582912.0f;
-  Vec<float> y = at_least(splat(-126.0f), absolute(x) * -1.44269504f);
-  const Vec<float> n = (y + magic) - magic;
-  const Vec<float> t = scale_by_normal_power(polynomial(kExp2, y - n), n);
+  const float magic = 12582912.0f, log2e = -1.44269504f;
+  const Vec<float> a = -at_least(splat(-87.0f), -absolute(x));
+  const Vec<float> n = (a * log2e + magic) - magic;
+  const Vec<float> t = scale_by_normal_power(polynomial(kExp2, a * log2e - n), n);
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
 }
 

@@ -12,6 +12,10 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+template <class S>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
 
 inline float to_float(BFloat16 x) {
   uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -94,55 +98,42 @@ inline void with_storage(Dtype dtype, Body&& body) {
   }
 }
 
-constexpr int64_t kTransposeBlock = 16;
-
-// destination[r][c] = source[r * row_stride + c * column_stride], one panel wide at most.
-template <class S, class Real>
-void copy_in(const S* source, ptrdiff_t row_stride, ptrdiff_t column_stride, int64_t rows, int64_t columns,
-             Real* destination, ptrdiff_t destination_row) {
-  if (column_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* from = source + r * row_stride;
-      Real* to = destination + r * destination_row;
-      for (int64_t c = 0; c < columns; ++c) to[c] = to_float(from[c]);
-    }
-    return;
-  }
-  // Read along the rows where they are contiguous, in blocks that the first-level cache holds.
-  for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
-    const int64_t r1 = min64(r0 + kTransposeBlock, rows);
-    for (int64_t c = 0; c < columns; ++c) {
-      const S* from = source + c * column_stride;
-      Real* to = destination + c;
-      for (int64_t r = r0; r < r1; ++r) to[r * destination_row] = to_float(from[r * row_stride]);
-    }
-  }
+template <class T>
+Panels<const T> constant(Panels<T> x) {
+  return {x.data, x.row, x.panel};
 }
 
-// The reverse of copy_in.
+// Address of column n, row 0.
+template <class Op, class T>
+T* column(Panels<T> x, int64_t n) {
+  return x.data + n / kPanel<Op> * x.panel + n % kPanel<Op>;
+}
+
+constexpr int64_t kTransposeBlock = 16;
+
+// to[i] = from[i] * factors[i], rounded to the storage type.
 template <class S, class Real>
-void copy_out(const Real* source, ptrdiff_t source_row, int64_t rows, int64_t columns, S* destination,
-              ptrdiff_t row_stride, ptrdiff_t column_stride) {
-  if (column_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Real* from = source + r * source_row;
-      S* to = destination + r * row_stride;
-      for (int64_t c = 0; c < columns; ++c) to[c] = from_float<S>(from[c]);
-    }
-    return;
-  }
-  for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
-    const int64_t r1 = min64(r0 + kTransposeBlock, rows);
-    for (int64_t c = 0; c < columns; ++c) {
-      const Real* from = source + c;
-      S* to = destination + c * column_stride;
-      for (int64_t r = r0; r < r1; ++r) to[r * row_stride] = from_float<S>(from[r * source_row]);
+inline void round_row(const Real* from, const Real* factors, int64_t count, S* to) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (kIsBFloat16<S>) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) {
+      const __m512 x = (__m512)(load(from + i) * load(factors + i));
+      const __m512i bits = _mm512_castps_si512(x);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+      const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+      const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
     }
   }
+#endif
+  for (; i < count; ++i) to[i] = from_float<S>(from[i] * factors[i]);
 }
 
 // A rows x columns piece of a tensor into a matrix of Reals. Columns beyond `columns` up to whole
-// vectors are zero.
+// vectors are zero. Where columns are contiguous a row is read to its end before the next, which is what
+// prefetchers follow; else rows are, and are read along in blocks that the first-level cache holds.
 template <class Op>
 void load_matrix(Dtype dtype, const char* data, int64_t offset, ptrdiff_t row_stride, ptrdiff_t column_stride,
                  int64_t rows, int64_t columns, Panels<typename Op::Real> to) {
@@ -150,31 +141,52 @@ void load_matrix(Dtype dtype, const char* data, int64_t offset, ptrdiff_t row_st
   with_storage<Real>(dtype, [&](auto storage) {
     using S = decltype(storage);
     const S* source = reinterpret_cast<const S*>(data) + offset;
-    for (int64_t c = 0; c < columns; c += kPanel<Op>) {
-      const int64_t width = min64(columns - c, kPanel<Op>);
-      Real* panel = to.data + c / kPanel<Op> * to.panel;
-      copy_in(source + c * column_stride, row_stride, column_stride, rows, width, panel, to.row);
-      const int64_t padded = round_up(width, kLanes<Real>);
-      if (padded != width) {
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t i = width; i < padded; ++i) panel[r * to.row + i] = Real(0);
+    const int64_t block = column_stride == 1 ? 1 : kTransposeBlock;
+    for (int64_t r0 = 0; r0 < rows; r0 += block) {
+      const int64_t r1 = min64(r0 + block, rows);
+      for (int64_t n = 0; n < columns; n += kPanel<Op>) {
+        const int64_t width = min64(columns - n, kPanel<Op>);
+        Real* panel = column<Op>(to, n);
+        if (column_stride == 1) {
+          const S* from = source + r0 * row_stride + n;
+          for (int64_t c = 0; c < width; ++c) panel[r0 * to.row + c] = to_float(from[c]);
+        } else {
+          for (int64_t c = 0; c < width; ++c) {
+            const S* from = source + (n + c) * column_stride;
+            for (int64_t r = r0; r < r1; ++r) panel[r * to.row + c] = to_float(from[r * row_stride]);
+          }
         }
+        for (int64_t r = r0; r < r1; ++r)
+          for (int64_t c = width; c < round_up(width, kLanes<Real>); ++c) panel[r * to.row + c] = Real(0);
       }
     }
   });
 }
 
+// The reverse of load_matrix, column n multiplied by factors[n]; panel by panel, as they lie in the cache.
 template <class Op>
-void store_matrix(Panels<const typename Op::Real> from, int64_t rows, int64_t columns, Dtype dtype, char* data,
-                  int64_t offset, ptrdiff_t row_stride, ptrdiff_t column_stride) {
+void store_matrix(Panels<const typename Op::Real> from, const typename Op::Real* factors, int64_t rows,
+                  int64_t columns, Dtype dtype, char* data, int64_t offset, ptrdiff_t row_stride,
+                  ptrdiff_t column_stride) {
   using Real = typename Op::Real;
   with_storage<Real>(dtype, [&](auto storage) {
     using S = decltype(storage);
-    S* destination = reinterpret_cast<S*>(data) + offset;
-    for (int64_t c = 0; c < columns; c += kPanel<Op>) {
-      const int64_t width = min64(columns - c, kPanel<Op>);
-      copy_out(from.data + c / kPanel<Op> * from.panel, from.row, rows, width, destination + c * column_stride,
-               row_stride, column_stride);
+    for (int64_t n = 0; n < columns; n += kPanel<Op>) {
+      const int64_t width = min64(columns - n, kPanel<Op>);
+      const Real* panel = column<Op>(from, n);
+      S* destination = reinterpret_cast<S*>(data) + offset + n * column_stride;
+      if (column_stride == 1) {
+        for (int64_t r = 0; r < rows; ++r)
+          round_row(panel + r * from.row, factors + n, width, destination + r * row_stride);
+        continue;
+      }
+      for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
+        const int64_t r1 = min64(r0 + kTransposeBlock, rows);
+        for (int64_t c = 0; c < width; ++c) {
+          S* to = destination + c * column_stride;
+          for (int64_t r = r0; r < r1; ++r) to[r * row_stride] = from_float<S>(panel[r * from.row + c] * factors[n + c]);
+        }
+      }
     }
   });
 }
@@ -193,10 +205,11 @@ void load_tokens(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t co
   load_matrix<Op>(dtype, view.data, b * view.batch_stride + channel0 * view.channel_stride + t * view.token_stride,
                   view.token_stride, view.channel_stride, count, channels, to);
 }
+// Writes channels x tokens, token n multiplied by factors[n].
 template <class Op>
-void store_channels(Panels<const typename Op::Real> from, int64_t channel0, int64_t channels, int64_t count,
-                    Dtype dtype, const View& view, int64_t b, int64_t t) {
-  store_matrix<Op>(from, channels, count, dtype, view.data,
+void store_channels(Panels<const typename Op::Real> from, const typename Op::Real* factors, int64_t channel0,
+                    int64_t channels, int64_t count, Dtype dtype, const View& view, int64_t b, int64_t t) {
+  store_matrix<Op>(from, factors, channels, count, dtype, view.data,
                    b * view.batch_stride + channel0 * view.channel_stride + t * view.token_stride,
                    view.channel_stride, view.token_stride);
 }
@@ -218,17 +231,6 @@ Panels<T> row_major(T* data, int64_t columns) {
 template <class Op, class T>
 Panels<T> panelled(T* data, int64_t rows) {
   return {data, kPanel<Op>, static_cast<ptrdiff_t>(rows * kPanel<Op>)};
-}
-
-template <class T>
-Panels<const T> constant(Panels<T> x) {
-  return {x.data, x.row, x.panel};
-}
-
-// Address of column n, row 0.
-template <class Op, class T>
-T* column(Panels<T> x, int64_t n) {
-  return x.data + n / kPanel<Op> * x.panel + n % kPanel<Op>;
 }
 
 // Tokens of a tile: whole panels, the tile's matrices of `channels` rows within `bytes` each.

@@ -7,8 +7,8 @@
 // to its consumer.  Nothing of the size of a feature map is stored but the outputs.
 //
 // Edges with the same source and weight share a state, edges with the same query and weight a
-// projection. Matrix layouts: x, h and q are panels with tokens along the vectors; k and v have tokens
-// as rows, which is what the state's product, a sum over tokens, takes.
+// projection. Matrix layouts: x, h and q are panels of tokens, channels as rows. The state's product sums
+// over tokens: it broadcasts k, whose rows are channels, and takes v with tokens as rows.
 #include "../math.h"
 #include "../pack.h"
 #include "table.h"
@@ -102,24 +102,32 @@ void load_features(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t 
     load_channels<Op>(dtype, view, b, t, count, 0, channels, panelled<Op>(to, depth));
   } else {
     const uint16_t* base = reinterpret_cast<const uint16_t*>(view.data) + b * view.batch_stride + t * view.token_stride;
-    for (int64_t n = 0; n < count; n += kPanel<Op>) {
-      const int64_t width = min64(count - n, kPanel<Op>);
-      uint32_t* panel = to + n * depth;
-      for (int64_t k = 0; k < depth; ++k, panel += kPanel<Op>) {
-        const uint16_t* even = base + n * view.token_stride + 2 * k * view.channel_stride;
-        const bool last = 2 * k + 1 == channels;
-        const uint16_t* odd = last ? even : even + view.channel_stride;
-        const uint32_t keep = last ? 0 : 0xFFFF;
+    for (int64_t k = 0; k < depth; ++k) {
+      const bool last = 2 * k + 1 == channels;
+      const uint16_t* even = base + 2 * k * view.channel_stride;
+      const uint16_t* odd = last ? even : even + view.channel_stride;
+      const uint32_t keep = last ? 0 : 0xFFFF;
+      for (int64_t n = 0; n < count; n += kPanel<Op>) {
+        const int64_t width = min64(count - n, kPanel<Op>);
+        uint32_t* row = to + n * depth + k * kPanel<Op>;
         if (view.token_stride == 1) {
-          for (int64_t i = 0; i < width; ++i) panel[i] = even[i] | (odd[i] & keep) << 16;
+          for (int64_t i = 0; i < width; ++i) row[i] = even[n + i] | (odd[n + i] & keep) << 16;
         } else {
-          for (int64_t i = 0; i < width; ++i)
-            panel[i] = even[i * view.token_stride] | (odd[i * view.token_stride] & keep) << 16;
+          for (int64_t i = 0; i < width; ++i) {
+            const int64_t at = (n + i) * view.token_stride;
+            row[i] = even[at] | (odd[at] & keep) << 16;
+          }
         }
-        for (int64_t i = width; i < round_up(width, kLanes<float>); ++i) panel[i] = 0;
+        for (int64_t i = width; i < round_up(width, kLanes<float>); ++i) row[i] = 0;
       }
     }
   }
+}
+
+// Length of a channel's row of keys: the vectors of a unit's depth together.
+template <class Op>
+int64_t token_row(int64_t tokens) {
+  return round_up(tokens, kLanes<typename Op::Real> * Op::kDepth);
 }
 
 template <class Op>
@@ -132,9 +140,9 @@ struct Buffers {
     const int64_t rows = round_up(tokens, kPanel<Op>), row = max64(row_length<Op>(channels), channels);
     x = arena.take<Unit>(rows * ceil_div(channels, Op::kDepth));
     hidden = arena.take<Unit>(rows * ceil_div(channels, Op::kDepth));
-    real = arena.take<Real>(rows * row);
+    real = arena.take<Real>(token_row<Op>(rows) * channels);
     // Activated keys or queries as an operand: where units are single reals, the reals themselves.
-    operand = Op::kDepth == 1 ? reinterpret_cast<Unit*>(real) : arena.take<Unit>(rows / Op::kDepth * row);
+    operand = Op::kDepth == 1 ? reinterpret_cast<Unit*>(real) : arena.take<Unit>(token_row<Op>(rows) * ceil_div(channels, Op::kDepth));
     value = arena.take<Unit>(rows / Op::kDepth * row);
     // The target pass has no values; where they are as large as its result, that takes their room.
     result = Op::kDepth == 1 ? reinterpret_cast<Real*>(value) : arena.take<Real>(rows * channels);
@@ -260,7 +268,7 @@ class Block {
       std::memset(partial(i, b, split), 0, sizeof(Real) * static_cast<size_t>(state_size_));
     const int64_t step = even_tile<Op>(end - begin, tile_);
     const Panels<Unit> x = panelled<Op>(t.x, depth), hidden = panelled<Op>(t.hidden, depth);
-    const Panels<Unit> value = row_major<Op>(t.value, C), key = row_major<Op>(t.operand, C);
+    const Panels<Unit> value = row_major<Op>(t.value, C);
     for (int64_t n = begin; n < end; n += step) {
       const int64_t count = min64(step, end - n);
       load_features<Op>(p_.dtype, p_.features[slot], b, n, count, C, t.x);
@@ -268,49 +276,54 @@ class Block {
         const char* set = weight_set(plan_.sources.weight[i]);
         Real* state = partial(i, b, split);
         multiply<Op, Output::kUnits>(project(set, kKey1, x, count), hidden);
-        Product<Op> second{count, C, depth, constant(hidden), weights_.matrix(set, kKey2)};
-        second.column_bias = weights_.bias(set, kKey2);
-        multiply<Op, Output::kReal>(second, row_major<Op>(t.real, C));
+        // Keys as plain rows of tokens, which the state's product broadcasts.
+        multiply<Op, Output::kReal>(project(set, kKey2, hidden, count), Panels<Real>{t.real, token_row<Op>(tile_), kPanel<Op>});
         activate_keys(t, count, state + C * row_);
-        Product<Op> third{count, C, depth, constant(x), weights_.matrix(set, kValue)};
-        third.column_bias = weights_.bias(set, kValue);
-        third.relu = true;
-        multiply<Op, Output::kUnits>(third, value);
-        multiply<Op, Output::kAccumulate>({C, C, ceil_div(count, Op::kDepth), constant(key), constant(value)},
-                                          row_major<Op>(state, C));
+        Product<Op> values{count, C, depth, constant(x), weights_.matrix(set, kValue)};
+        values.column_bias = weights_.bias(set, kValue);
+        values.relu = true;
+        multiply<Op, Output::kUnits>(values, value);
+        const ptrdiff_t key_row = token_row<Op>(tile_) / Op::kDepth;
+        Product<Op> sum{C, C, ceil_div(count, Op::kDepth), {t.operand, 1, kPanel<Op> * key_row}, constant(value)};
+        sum.a_column = key_row;
+        multiply<Op, Output::kAccumulate>(sum, row_major<Op>(state, C));
       }
     }
   }
-
-  // A projection with tokens along the vectors, and relu.
+  // A projection with tokens along the vectors; relu follows the first of two.
   Product<Op> project(const char* set, int projection, Panels<Unit> x, int64_t count) const {
     Product<Op> product{p_.channels, count, weights_.depth(), weights_.matrix(set, projection), constant(x)};
     product.row_bias = weights_.bias(set, projection);
-    product.relu = true;
+    product.relu = projection == kKey1 || projection == kQuery1;
     return product;
   }
 
   // softplus of the keys in t.real, as operand; z += their sum over tokens.
   void activate_keys(const Buffers<Op>& t, int64_t count, Real* z) const {
-    for (int64_t i = 0; i < count; i += Op::kDepth) {
-      Real* row = t.real + i * row_;
-      for (int64_t c = 0; c < p_.channels; c += kLanes<Real>) {
-        const Vec<Real> k = activation<Op>(load(row + c));
+    constexpr int64_t kW = kLanes<Real>, kStep = kW * Op::kDepth;
+    const int64_t length = token_row<Op>(tile_);
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      Real* row = t.real + c * length;
+      for (int64_t n = count; n < round_up(count, kStep); ++n) row[n] = -static_cast<Real>(INFINITY);  // softplus: 0
+      Vec<Real> sum{};
+      for (int64_t n = 0; n < count; n += kStep) {
+        const Vec<Real> k = activation<Op>(load(row + n));
+        sum += k;
         if constexpr (Op::kDepth == 1) {
-          store(row + c, k);
-          store(z + c, load(z + c) + k);
+          store(row + n, k);
         } else {
 #ifdef XATTN_HAVE_BFLOAT16_DOT
-          const Vec<Real> next = i + 1 < count ? activation<Op>(load(row + row_ + c)) : Vec<Real>{};
-          store(t.operand + i / 2 * row_ + c, make_pairs(k, next));
-          store(z + c, load(z + c) + k + next);
+          const Vec<Real> next = activation<Op>(load(row + n + kW));
+          sum += next;
+          store(t.operand + c * length / 2 + n / 2, round_pair(k, next));
 #endif
         }
       }
+      for (int i = 0; i < kW; ++i) z[c] += sum[i];
     }
   }
 
-  // softplus of the queries in t.real (panels), kept there for the denominators, and as operand.
+  // softplus of the queries in t.real (panels), as operand.
   void activate_queries(const Buffers<Op>& t, int64_t count) const {
     const int64_t C = p_.channels, width = kPanel<Op>;
     for (int64_t n = 0; n < count; n += width) {
@@ -320,14 +333,11 @@ class Block {
         for (int64_t i = 0; i < lanes; i += kLanes<Real>) {
           Real* at = panel + c * width + i;
           const Vec<Real> q = activation<Op>(load(at));
-          store(at, q);
-          if constexpr (Op::kDepth == 2) {
+          if constexpr (Op::kDepth == 1) {
+            store(at, q);
+          } else {
 #ifdef XATTN_HAVE_BFLOAT16_DOT
-            Vec<Real> next{};
-            if (c + 1 < C) {
-              next = activation<Op>(load(at + width));
-              store(at + width, next);
-            }
+            const Vec<Real> next = c + 1 < C ? activation<Op>(load(at + width)) : Vec<Real>{};
             store(t.operand + n * weights_.depth() + c / 2 * width + i, make_pairs(q, next));
 #endif
           }
@@ -385,17 +395,21 @@ class Block {
     }
   }
 
-  // S^T in place as an operand of units: rows of pairs take the first half of the memory.
+  // S^T and Z in place as operands of units: rows of pairs take the first half of S, pairs of Z its place.
   void pack_state(Real* state) const {
 #ifdef XATTN_HAVE_BFLOAT16_DOT
     if constexpr (Op::kDepth == 2) {
+      const int64_t C = p_.channels;
       Unit* units = reinterpret_cast<Unit*>(state);
-      for (int64_t c = 0; c < p_.channels; c += 2) {
+      for (int64_t c = 0; c < C; c += 2) {
         for (int64_t i = 0; i < row_; i += kLanes<Real>) {
-          const Vec<Real> even = load(state + c * row_ + i);
-          const Vec<Real> odd = c + 1 < p_.channels ? load(state + (c + 1) * row_ + i) : Vec<Real>{};
-          store(units + c / 2 * row_ + i, make_pairs(even, odd));
+          const Vec<Real> odd = c + 1 < C ? load(state + (c + 1) * row_ + i) : Vec<Real>{};
+          store(units + c / 2 * row_ + i, make_pairs(load(state + c * row_ + i), odd));
         }
+      }
+      for (int64_t k = 0; k < weights_.depth(); ++k) {
+        const Real pair[2] = {state[C * row_ + 2 * k], 2 * k + 1 < C ? state[C * row_ + 2 * k + 1] : Real(0)};
+        units[C * row_ + k] = make_unit<Op>(pair);
       }
     }
 #else
@@ -436,9 +450,7 @@ class Block {
     for (int64_t pair = first; pair < last; ++pair) {
       const char* set = weight_set(plan_.queries.weight[pair]);
       multiply<Op, Output::kUnits>(project(set, kQuery1, x, count), hidden);
-      Product<Op> second{C, count, depth, weights_.matrix(set, kQuery2), constant(hidden)};
-      second.row_bias = weights_.bias(set, kQuery2);
-      multiply<Op, Output::kReal>(second, panelled<Op>(t.real, C));
+      multiply<Op, Output::kReal>(project(set, kQuery2, hidden, count), panelled<Op>(t.real, C));
       activate_queries(t, count);
       for (int64_t o = 0; o < p_.outputs.size; ++o)
         if (pair_of(o) == pair) write_output(o, b, n, count, t);
@@ -452,26 +464,19 @@ class Block {
 
   void write_output(int64_t o, int64_t b, int64_t n, int64_t count, const Buffers<Op>& t) const {
     const int64_t C = p_.channels;
-    Real* state = state_of(o, b);
-    const Real* z = state + C * row_;
-    const Panels<Real> q = panelled<Op>(t.real, C);
+    const Unit* state = reinterpret_cast<const Unit*>(state_of(o, b));
+    const Unit* z = state + C * row_;
+    const Panels<const Unit> q = constant(panelled<Op>(t.operand, weights_.depth()));
     const Vec<Real> eps = splat(static_cast<Real>(p_.eps));
     for (int64_t m = 0; m < count; m += kLanes<Real>) {
       Vec<Real> sum{};
-      const Real* from = column<Op>(q, m);
-      for (int64_t c = 0; c < C; ++c) sum += splat(z[c]) * load(from + c * q.row);
+      const Unit* from = column<Op>(q, m);
+      for (int64_t k = 0; k < weights_.depth(); ++k) sum = Op::multiply_add(sum, splat(z[k]), load(from + k * q.row));
       store(t.denominator + m, Real(1) / at_least(eps, sum));
     }
     const Panels<Real> out = panelled<Op>(t.result, C);
-    multiply<Op, Output::kReal>({C, count, weights_.depth(), constant(row_major<Op>(reinterpret_cast<Unit*>(state), C)),
-                                 constant(panelled<Op>(t.operand, weights_.depth()))},
-                                out);
-    for (int64_t m = 0; m < count; m += kLanes<Real>) {
-      const Vec<Real> inverse = load(t.denominator + m);
-      Real* to = column<Op>(out, m);
-      for (int64_t c = 0; c < C; ++c) store(to + c * out.row, load(to + c * out.row) * inverse);
-    }
-    store_channels<Op>(constant(out), 0, C, count, p_.dtype, p_.outputs[o], b, n);
+    multiply<Op, Output::kReal>({C, count, weights_.depth(), row_major<Op>(state, C), q}, out);
+    store_channels<Op>(constant(out), t.denominator, 0, C, count, p_.dtype, p_.outputs[o], b, n);
   }
 
   const BlockProblem& p_;

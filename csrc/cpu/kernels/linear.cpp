@@ -83,7 +83,7 @@ template <class Op>
 struct Tile {
   using Real = typename Op::Real;
   // Panels (channels x tokens) and row-major (tokens x channels) matrices of a tile.
-  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight;
+  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight, *ones;
   Tile(Arena& arena, int64_t tokens, int64_t channels, int64_t value_channels) {
     const int64_t padded = round_up(tokens, kPanel<Op>);
     q = arena.take<Real>(padded * channels);
@@ -95,6 +95,7 @@ struct Tile {
     rows_v = arena.take<Real>(tokens * row_length<Op>(value_channels));
     denominator = arena.take<Real>(padded);
     weight = arena.take<Real>(padded);
+    ones = arena.take<Real>(padded);
   }
 };
 
@@ -193,7 +194,9 @@ class Linear {
  private:
   Tile<Op> tile(int worker) const {
     Arena arena(tiles_.data() + worker * tile_bytes_);
-    return Tile<Op>(arena, tile_, p_.channels, p_.value_channels);
+    const Tile<Op> tile(arena, tile_, p_.channels, p_.value_channels);
+    for (int64_t n = 0; n < tile_; ++n) tile.ones[n] = Real(1);
+    return tile;
   }
   // The caller's states are (outputs, batch, ...): `index` counts output * batch + b.
   template <class T, class Base>
@@ -250,12 +253,9 @@ class Linear {
       apply_feature_map(p_.feature_map, t.q, whole(count) * p_.channels);
       denominators(layout_.z(state), count, t);
       multiply<Op, Output::kReal>({p_.value_channels, count, p_.channels, layout_.s(state), constant(q)}, out);
-      for (int64_t m = 0; m < count; m += kLanes<Real>) {
-        const Vec<Real> inverse = Real(1) / at_least(eps, load(t.denominator + m));
-        Real* o = column<Op>(out, m);
-        for (int64_t v = 0; v < p_.value_channels; ++v) store(o + v * out.row, load(o + v * out.row) * inverse);
-      }
-      store_channels<Op>(constant(out), 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot], piece.b, n);
+      for (int64_t m = 0; m < count; m += kLanes<Real>)
+        store(t.denominator + m, Real(1) / at_least(eps, load(t.denominator + m)));
+      store_channels<Op>(constant(out), t.denominator, 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot], piece.b, n);
     }
   }
 
@@ -284,7 +284,7 @@ class Linear {
         if (wanted(o)) output_gradients(g.grad_outputs[o], o, piece.b, n, count, states, sum_of(o), t);
       if (!dq.data) continue;
       multiply_by_derivative(p_.feature_map, t.before_map, t.total, width);
-      store_channels<Op>(constant(panelled<Op>(t.total, p_.channels)), 0, p_.channels, count, p_.dtype, dq, piece.b, n);
+      store_channels<Op>(constant(panelled<Op>(t.total, p_.channels)), t.ones, 0, p_.channels, count, p_.dtype, dq, piece.b, n);
     }
   }
 
@@ -336,14 +336,14 @@ class Linear {
         std::memcpy(t.q, t.before_map, sizeof(Real) * static_cast<size_t>(width));
         apply_feature_map(p_.feature_map, t.q, width);
         multiply<Op, Output::kReal>({V, count, C, layout_.s(state), constant(k)}, gradient);
-        store_channels<Op>(constant(gradient), 0, V, count, p_.dtype, dv, piece.b, n);
+        store_channels<Op>(constant(gradient), t.ones, 0, V, count, p_.dtype, dv, piece.b, n);
       }
       if (dk.data) {
         const Panels<Real> gradient = panelled<Op>(t.w, C);
         load_channels<Op>(p_.dtype, p_.values[piece.slot], piece.b, n, count, 0, V, v);
         multiply<Op, Output::kReal>({C, count, V, by_value, constant(v), layout_.z(state)}, gradient);
         multiply_by_derivative(p_.feature_map, t.before_map, t.w, width);
-        store_channels<Op>(constant(gradient), 0, C, count, p_.dtype, dk, piece.b, n);
+        store_channels<Op>(constant(gradient), t.ones, 0, C, count, p_.dtype, dk, piece.b, n);
       }
     }
   }

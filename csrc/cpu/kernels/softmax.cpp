@@ -113,12 +113,16 @@ class Softmax {
   void read_rows(const View& view, const Tile& tile, int64_t begin, int64_t count, int64_t channels, Real* to) const {
     load_tokens<Op>(p_.dtype, view, tile.b, begin, count, tile.head * channels, channels, row_major<Op>(to, channels));
   }
-  void write_panels(const Real* from, int64_t channels, const View& view, const Tile& tile) const {
-    store_channels<Op>(panelled<Op>(from, channels), tile.head * channels, channels, tile.count, p_.dtype, view, tile.b,
+  void write_panels(const Real* from, const Real* factors, int64_t channels, const View& view,
+                    const Tile& tile) const {
+    store_channels<Op>(panelled<Op>(from, channels), factors, tile.head * channels, channels, tile.count, p_.dtype, view, tile.b,
                        tile.begin);
   }
   static void scale(Real* x, int64_t count, double factor) {
     for (int64_t i = 0; i < count; i += kLanes<Real>) store(x + i, load(x + i) * static_cast<Real>(factor));
+  }
+  static void fill(Real* x, int64_t count, double value) {
+    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<Real>(value);
   }
   static void clear(Real* x, int64_t count) { std::memset(x, 0, sizeof(Real) * static_cast<size_t>(count)); }
 
@@ -144,7 +148,7 @@ class Softmax {
     scale(t.own, width * channels_, p_.scale * kLog2E);
     clear(t.sum_value, width * value_channels_);
     clear(t.total, width);
-    for (int64_t n = 0; n < width; ++n) t.maximum[n] = -static_cast<Real>(INFINITY);
+    fill(t.maximum, width, -INFINITY);
     for (int64_t e = 0; e < p_.edges.size; ++e) {
       if (p_.edges[e].output != tile.slot) continue;
       const int64_t j = p_.edges[e].source, tokens = p_.keys[j].tokens;
@@ -166,15 +170,7 @@ class Softmax {
                          : static_cast<Real>((t.maximum[n] + ::log2(static_cast<double>(t.total[n]))) * kLn2);
       t.total[n] = empty ? Real(0) : Real(1) / t.total[n];
     }
-    scale_columns(t.sum_value, value_channels_, tile.count, t.total);
-    write_panels(t.sum_value, value_channels_, p_.outputs[tile.slot], tile);
-  }
-
-  static void scale_columns(Real* sum, int64_t channels, int64_t count, const Real* factors) {
-    for (int64_t n = 0; n < count; n += kLanes<Real>) {
-      Real* at = column<Op>(panelled<Op>(sum, channels), n);
-      for (int64_t c = 0; c < channels; ++c) store(at + c * kPanel<Op>, load(at + c * kPanel<Op>) * load(factors + n));
-    }
+    write_panels(t.sum_value, t.total, value_channels_, p_.outputs[tile.slot], tile);
   }
 
   // Scores of a block to weights against the new maximum; old sums are rescaled to it.
@@ -278,8 +274,8 @@ class Softmax {
         }
       }
     }
-    scale(t.sum, width * channels_, p_.scale);
-    write_panels(t.sum, channels_, dq, tile);
+    fill(t.total, width, p_.scale);
+    write_panels(t.sum, t.total, channels_, dq, tile);
   }
 
   void key_gradient_tile(const SoftmaxGradients& g, const Tile& tile, const Buffers<Op>& t) const {
@@ -314,9 +310,10 @@ class Softmax {
         }
       }
     }
-    scale(t.sum, width * channels_, p_.scale);
-    if (dk.data) write_panels(t.sum, channels_, dk, tile);
-    if (dv.data) write_panels(t.sum_value, value_channels_, dv, tile);
+    fill(t.total, width, p_.scale);
+    if (dk.data) write_panels(t.sum, t.total, channels_, dk, tile);
+    fill(t.total, width, 1);
+    if (dv.data) write_panels(t.sum_value, t.total, value_channels_, dv, tile);
   }
 
   const SoftmaxProblem& p_;
