@@ -1,0 +1,1 @@
+"""Cases as data, oracles, acceptance and measurement, shared by tests and benchmarks."""
