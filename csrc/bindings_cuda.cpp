@@ -27,8 +27,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("__version__") = XATTN_VERSION;
   module.def("compiled_archs", &compiled_archs,
              "Architectures in CMake's notation: '90a-real' is machine code, '120' adds PTX.");
-  module.def("probe", &xattn::cuda::probe, py::arg("device") = 0,
-             py::call_guard<py::gil_scoped_release>(),
+  module.def("probe", &xattn::cuda::probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>(),
              "Run a one-thread kernel and return the architecture it was compiled for, times ten. "
              "RuntimeError with CUDA's message when the device cannot run it.");
 }

@@ -1,11 +1,11 @@
 // Proof that the CUDA path works from compiler to card: one thread writes the architecture its code
 // was compiled for, and the host reads it back.
-#include "cuda/probe.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "cuda/probe.h"
 
 namespace xattn::cuda {
 namespace {
