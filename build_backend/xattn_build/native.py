@@ -23,6 +23,7 @@ from xattn_build.cuda import BuildError, CudaPlan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "xattn_kernels"
+MODULES = ("_core", "_cuda")
 #: Written beside the modules; `python -m xattn_kernels info` reads it.
 RECORD = "_build.json"
 #: A compiler process at -O3 stays below this; nvcc needs about twice as much.
@@ -50,7 +51,9 @@ class BuildNative(build_ext):
             raise CompileError(f"{PACKAGE}: {error}") from error
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in self._destination().glob("_*") if _is_output(path)]
+        names = [*(module + sysconfig.get_config_var("EXT_SUFFIX") for module in MODULES), RECORD]
+        paths = (self._destination() / name for name in names)
+        return [str(path) for path in paths if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self._in_place():
@@ -204,11 +207,6 @@ def build_record(work: Path, plan: CudaPlan, version: str) -> dict[str, Any]:
             "architectures": list(plan.archs),
         },
     }
-
-
-def _is_output(path: Path) -> bool:
-    modules = ("_core.", "_cuda.")
-    return path.name == RECORD or (path.suffix == ".so" and path.name.startswith(modules))
 
 
 def _tool(name: str) -> str:
