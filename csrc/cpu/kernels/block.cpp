@@ -488,6 +488,42 @@ class Block {
   Real *states_ = nullptr, *joint_ = nullptr;
 };
 
+// Bytes that a call reads and writes: features, outputs and weights.
+template <class Op>
+int64_t operand_bytes(const BlockProblem& p) {
+  int64_t tokens = 0, weights = 0;
+  for (int64_t i = 0; i < p.features.size; ++i) tokens += p.features[i].tokens;
+  for (int64_t o = 0; o < p.outputs.size; ++o) tokens += p.outputs[o].tokens;
+  for (int64_t e = 0; e < p.edges.size; ++e) weights = max64(weights, p.edges[e].weight + 1);
+  const int64_t element = p.dtype == Dtype::kFloat64 ? 8 : p.dtype == Dtype::kFloat32 ? 4 : 2;
+  return p.batch * p.channels * tokens * element + weights * PackedWeights<Op>{p.channels}.bytes();
+}
+
+// Runs the outputs in waves, so that the states alive at a time stay below 1/8 of what the call reads and
+// writes; they are many times the features where maps are small and wide. A wave is a number of states
+// that the threads share evenly, and does not change any result.
+template <class Op>
+void run_in_waves(const BlockProblem& p, int threads) {
+  const int64_t state = p.batch * (p.channels + 1) * row_length<Op>(p.channels) * int64_t(sizeof(typename Op::Real));
+  int64_t most = max64(operand_bytes<Op>(p) / 8 / max64(state, 1), threads);
+  most -= most % max64(threads, 1);
+  Scratch edge_memory(sizeof(Edge) * static_cast<size_t>(p.edges.size));
+  Edge* edges = reinterpret_cast<Edge*>(edge_memory.data());
+  for (int64_t o = 0; o < p.outputs.size;) {
+    int64_t count = 0;
+    for (; o < p.outputs.size; ++o) {
+      int64_t more = 0;
+      for (int64_t e = 0; e < p.edges.size; ++e)
+        if (p.edges[e].output == o) edges[count + more++] = p.edges[e];
+      if (count > 0 && count + more > most) break;
+      count += more;
+    }
+    BlockProblem wave = p;
+    wave.edges = {edges, count};
+    Block<Op>(wave, threads).run();
+  }
+}
+
 template <class Body>
 void with_op(Dtype dtype, Body&& body) {
   if (dtype == Dtype::kFloat64) return body(Float64{});
@@ -517,7 +553,7 @@ bool block_forward(const BlockProblem& problem, int threads) {
     int64_t layout;
     std::memcpy(&layout, problem.packed, sizeof(layout));
     right_layout = layout == PackedWeights<decltype(op)>::layout();
-    if (right_layout) Block<decltype(op)>(problem, threads).run();
+    if (right_layout) run_in_waves<decltype(op)>(problem, threads);
   });
   return right_layout;
 }
