@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, TypeVar
 
 import torch
@@ -260,7 +261,7 @@ def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None =
         TypeError: if the weights are of another dtype than ``dtype`` or its accumulator's.
         ValueError: for other shapes, or weights on different devices.
     """
-    check_block_weights(weight, bias, None, None)
+    check_block_weights(weight, bias, dtype)
     dtype = dtype or weight.dtype
     engine = _block_engine(dtype, weight)
     with torch.no_grad():
@@ -271,7 +272,7 @@ def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None =
 
 
 def _block_engine(dtype: torch.dtype, weight: Tensor) -> str:
-    channels = int(weight.size(-1))
+    channels = index(weight.size(-1))
     return select(
         Problem(
             block_op.OP, dtype, weight.device.type, channels, channels, transformed=is_transformed()

@@ -62,7 +62,12 @@ def check_block_inputs(
     count = max(schedule.num_queries, schedule.num_sources)
     if len(slots) != count:
         raise ValueError(f"features: got {len(slots)} slots, the schedule has {count}")
-    check_block_weights(weight, bias, first, schedule.num_weights)
+    check_block_weights(weight, bias, first.dtype, first)
+    if weight.size(0) != schedule.num_weights:
+        raise ValueError(
+            f"weight: got {weight.size(0)} sets of projections, the schedule has "
+            f"{schedule.num_weights}"
+        )
     for number, edge in enumerate(schedule.edges):
         expected = schedule.groups[edge.output][0].weight
         if edge.weight != expected:
@@ -74,33 +79,41 @@ def check_block_inputs(
 
 
 def check_block_weights(
-    weight: Tensor, bias: Tensor, features: Tensor | None, num_weights: int | None
+    weight: Tensor, bias: Tensor, dtype: torch.dtype | None, features: Tensor | None = None
 ) -> None:
     """Check folded projections: (W, 5, C, C) and (W, 5, C), of one dtype and device.
+
+    Args:
+        weight: the weights.
+        bias: the biases.
+        dtype: that of the features, None for that of the weights.
+        features: a slot, to have its width and device.
 
     Raises:
         TypeError: unless both have the dtype of the features or, for 16-bit features, float32.
         ValueError: for other shapes or devices.
     """
-    check = {"weight": weight, "bias": bias}
-    for name, x in check.items():
+    for name, x in (("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise TypeError(f"{name}: got {describe(x)}, expected a dense tensor")
-    if features is None:
-        dtypes: tuple[torch.dtype, ...] = tuple(ACCUMULATORS)
-        channels = weight.size(-1) if weight.dim() else 0
-    else:
-        dtypes = (features.dtype, ACCUMULATORS[features.dtype])
-        channels = features.size(1)
-    width = num_weights if num_weights is not None else weight.size(0) if weight.dim() else 0
-    shapes = {"weight": (width, 5, channels, channels), "bias": (width, 5, channels)}
-    for name, x in check.items():
-        if x.dtype not in dtypes or x.dtype is not weight.dtype:
-            names = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
-            raise TypeError(f"{name}: got {describe(x)}, expected {names}, as the other")
-        if x.shape != shapes[name]:
-            raise ValueError(f"{name}: got {describe(x)}, expected shape {shapes[name]}")
-        device = weight.device if features is None else features.device
+    if dtype not in (None, *ACCUMULATORS) or weight.dtype not in ACCUMULATORS:
+        raise TypeError(
+            f"dtype: got {dtype or weight.dtype}, expected float32, float64, bfloat16 or float16"
+        )
+    dtype = dtype or weight.dtype
+    if weight.dtype not in (dtype, ACCUMULATORS[dtype]):
+        expected = " or ".join(dict.fromkeys(str(x) for x in (dtype, ACCUMULATORS[dtype])))
+        raise TypeError(f"weight: got {describe(weight)}, expected {expected}")
+    if bias.dtype is not weight.dtype:
+        raise TypeError(f"bias: got {describe(bias)}, expected {weight.dtype} as weight has")
+    if weight.dim() != 4:
+        raise ValueError(f"weight: got {describe(weight)}, expected shape (W, 5, C, C)")
+    channels = weight.size(3) if features is None else features.size(1)
+    device = weight.device if features is None else features.device
+    shape = (weight.size(0), 5, channels)
+    for name, x, expected_shape in (("weight", weight, (*shape, channels)), ("bias", bias, shape)):
+        if x.shape != expected_shape:
+            raise ValueError(f"{name}: got {describe(x)}, expected shape {expected_shape}")
         if x.device != device or x.is_meta:
             raise ValueError(f"{name}: got {describe(x)}, expected a tensor on {device}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -41,9 +42,9 @@ class Part(NamedTuple):
                 op,
                 first.dtype,
                 first.device.type,
-                int(self.channels),
-                int(self.value_channels),
-                heads,
+                index(self.channels),  # a compiler fixes the widths that it compiles for
+                index(self.value_channels),
+                index(heads),
                 is_transformed(),
             )
         )

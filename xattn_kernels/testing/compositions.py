@@ -94,7 +94,7 @@ def cross_attention_block(
     """Outputs (B, C, N); every edge projects anew."""
 
     def project(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-        return F.conv1d(x, weights.unsqueeze(2), biases)
+        return torch.einsum("oc,bcn->bon", weights, x) + biases.unsqueeze(1)
 
     outputs = []
     for group in schedule.groups:

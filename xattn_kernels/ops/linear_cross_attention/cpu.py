@@ -79,6 +79,9 @@ def backward(
     """Return the wanted gradients, in the order queries, keys, values, initial S, initial Z."""
     gradients = allocate_gradients([*query, *key, *value], state_s, state_z, wanted)
     *by_slot, initial_s, initial_z = place_gradients(gradients, wanted)
+    if wanted[-1] != wanted[-2]:  # the kernel gives both or neither
+        initial_s = state_s.new_empty(state_s.shape) if initial_s is None else initial_s
+        initial_z = state_z.new_empty(state_z.shape) if initial_z is None else initial_z
     keys, values = len(query), len(query) + len(key)
     # The kernel reads the states' gradients as contiguous; held here, they live through the call.
     grad_s, grad_z = (None if x is None else x.contiguous() for x in (grad_s, grad_z))
