@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/edges.h"
 
 namespace py = pybind11;
 
@@ -31,23 +32,14 @@ Span<void* const> pointers(const Integers& values) {
 }
 void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 
-// Flat edges, `fields` integers each: query, source, output and, for the block, weight.
-std::vector<Edge> make_edges(const Integers& flat, size_t fields) {
-  std::vector<Edge> edges;
-  for (size_t i = 0; i + fields <= flat.size(); i += fields)
-    edges.push_back({flat[i], flat[i + 1], flat[i + 2], fields == 4 ? flat[i + 3] : 0});
-  return edges;
-}
-Span<const Edge> span(const std::vector<Edge>& edges) { return {edges.data(), static_cast<int64_t>(edges.size())}; }
-
 void linear_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int feature_map, double eps,
                     const Views& queries, const Views& keys, const Views& values, const Views& outputs,
                     const Integers& edges, int64_t initial_s, int64_t initial_z, int64_t state_s, int64_t state_z,
                     int threads) {
-  const std::vector<Edge> list = make_edges(edges, 3);
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
   py::gil_scoped_release release;
   kernels().linear_forward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
-                            span(keys), span(values), span(outputs), span(list), pointer(initial_s), pointer(initial_z),
+                            span(keys), span(values), span(outputs), index.list(), pointer(initial_s), pointer(initial_z),
                             pointer(state_s), pointer(state_z)},
                            threads);
 }
@@ -57,11 +49,11 @@ void linear_backward(int dtype, int64_t batch, int64_t channels, int64_t value_c
                      int64_t state_s, int64_t state_z, const Views& grad_outputs, int64_t grad_state_s,
                      int64_t grad_state_z, const Views& grad_queries, const Views& grad_keys, const Views& grad_values,
                      int64_t grad_initial_s, int64_t grad_initial_z, int threads) {
-  const std::vector<Edge> list = make_edges(edges, 3);
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), grad_outputs.size());
   py::gil_scoped_release release;
   // The kernel sees the outputs only through their gradients, which have the same token counts.
   kernels().linear_backward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
-                             span(keys), span(values), span(grad_outputs), span(list), nullptr, nullptr,
+                             span(keys), span(values), span(grad_outputs), index.list(), nullptr, nullptr,
                              pointer(state_s), pointer(state_z)},
                             {span(grad_outputs), pointer(grad_state_s), pointer(grad_state_z), span(grad_queries),
                              span(grad_keys), span(grad_values), pointer(grad_initial_s), pointer(grad_initial_z)},
@@ -71,10 +63,10 @@ void linear_backward(int dtype, int64_t batch, int64_t channels, int64_t value_c
 void softmax_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int64_t heads, double scale,
                      const Views& queries, const Views& keys, const Views& values, const Views& outputs,
                      const Integers& edges, const Integers& lse, int threads) {
-  const std::vector<Edge> list = make_edges(edges, 3);
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
   py::gil_scoped_release release;
   kernels().softmax_forward({Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys),
-                             span(values), span(outputs), span(list), pointers(lse)},
+                             span(values), span(outputs), index.list(), pointers(lse)},
                             threads);
 }
 
@@ -82,11 +74,11 @@ void softmax_backward(int dtype, int64_t batch, int64_t channels, int64_t value_
                       const Views& queries, const Views& keys, const Views& values, const Views& outputs,
                       const Integers& edges, const Integers& lse, const Views& grad_outputs, const Integers& grad_lse,
                       const Views& grad_queries, const Views& grad_keys, const Views& grad_values, int threads) {
-  const std::vector<Edge> list = make_edges(edges, 3);
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
   py::gil_scoped_release release;
   kernels().softmax_backward(
       {Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys), span(values),
-       span(outputs), span(list), pointers(lse)},
+       span(outputs), index.list(), pointers(lse)},
       {span(grad_outputs), pointers(grad_lse), span(grad_queries), span(grad_keys), span(grad_values)}, threads);
 }
 
@@ -97,12 +89,12 @@ void block_pack(int dtype, int64_t channels, int64_t weights, int64_t weight, in
 
 void block_forward(int dtype, int64_t batch, int64_t channels, double eps, const Views& features, int64_t packed,
                    const Integers& edges, const Views& outputs, int threads) {
-  const std::vector<Edge> list = make_edges(edges, 4);
+  const EdgeIndex index(edges, 4, features.size(), features.size(), outputs.size());
   bool right_layout;
   {
     py::gil_scoped_release release;
     right_layout = kernels().block_forward(
-        {Dtype(dtype), batch, channels, eps, span(features), span(outputs), span(list), pointer(packed)}, threads);
+        {Dtype(dtype), batch, channels, eps, span(features), span(outputs), index.list(), pointer(packed)}, threads);
   }
   if (!right_layout)
     throw std::runtime_error("packed: its layout is not that of this dtype and instruction set (" + instruction_set() +

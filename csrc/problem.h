@@ -30,6 +30,15 @@ struct Span {
   T& operator[](int64_t i) const { return data[i]; }
 };
 
+// Edges in the order of their outputs, and their numbers in the order of queries and of sources. Edges of
+// slot i of a side are those from begin[i] to begin[i + 1].
+struct EdgeList {
+  Span<const Edge> all;
+  Span<const int64_t> output_begin, by_query, query_begin, by_source, source_begin;
+  int64_t query_of(int64_t output) const { return all[output_begin[output]].query; }
+  int64_t count(int64_t output) const { return output_begin[output + 1] - output_begin[output]; }
+};
+
 // Linear cross-attention. States are contiguous in the compute type (float, or double for
 // kFloat64): s is (outputs, batch, value_channels, channels), z is (outputs, batch, channels).
 struct LinearProblem {
@@ -38,7 +47,7 @@ struct LinearProblem {
   FeatureMap feature_map;
   double eps;
   Span<const View> queries, keys, values, outputs;
-  Span<const Edge> edges;
+  EdgeList edges;
   const void *initial_s, *initial_z;  // null: start from zero
   void *state_s, *state_z;
 };
@@ -56,7 +65,7 @@ struct SoftmaxProblem {
   int64_t batch, channels, value_channels, heads;
   double scale;
   Span<const View> queries, keys, values, outputs;
-  Span<const Edge> edges;
+  EdgeList edges;
   Span<void* const> lse;
 };
 
@@ -73,7 +82,7 @@ struct BlockProblem {
   int64_t batch, channels;
   double eps;
   Span<const View> features, outputs;
-  Span<const Edge> edges;
+  EdgeList edges;
   const void* packed;
 };
 

@@ -10,7 +10,9 @@
 // projection. Matrix layouts: x, h and q are panels of tokens, channels as rows. The state's product sums
 // over tokens: it broadcasts k, whose rows are channels, and takes v with tokens as rows.
 #include "../math.h"
+#include "../edges.h"
 #include "../pack.h"
+#include "../pieces.h"
 #include "table.h"
 
 namespace xattn {
@@ -150,36 +152,41 @@ struct Buffers {
   }
 };
 
-// The distinct (slot, weight) pairs of one side of the edges, sorted by slot.
+// The distinct (slot, weight) pairs of one side of the edges, sorted by slot: those of slot s are from
+// begin[s] to begin[s + 1].
 struct Pairs {
-  int64_t *slot, *weight, *of_edge;
+  int64_t *slot, *weight, *of_edge, *begin;
   int64_t count = 0;
-  Pairs(Arena& arena, int64_t edges)
-      : slot(arena.take<int64_t>(edges)), weight(arena.take<int64_t>(edges)), of_edge(arena.take<int64_t>(edges)) {}
-  int64_t of(int64_t s) const {
-    int64_t pairs = 0;
-    for (int64_t i = 0; i < count; ++i) pairs += slot[i] == s;
-    return pairs;
-  }
-  void collect(Span<const Edge> edges, int64_t Edge::*side, int64_t slots) {
-    for (int64_t s = 0; s < slots; ++s) {
-      for (int64_t e = 0; e < edges.size; ++e) {
-        if (edges[e].*side != s) continue;
-        int64_t i = count;
-        while (i > 0 && slot[i - 1] == s && weight[i - 1] != edges[e].weight) --i;
-        const bool known = i > 0 && slot[i - 1] == s;
-        of_edge[e] = known ? i - 1 : count;
-        if (known) continue;
+  Pairs(Arena& arena, int64_t edges, int64_t slots)
+      : slot(arena.take<int64_t>(edges)),
+        weight(arena.take<int64_t>(edges)),
+        of_edge(arena.take<int64_t>(edges)),
+        begin(arena.take<int64_t>(slots + 1)) {}
+  int64_t of(int64_t s) const { return begin[s + 1] - begin[s]; }
+  void collect(const EdgeList& edges, Span<const int64_t> order, Span<const int64_t> order_begin) {
+    for (int64_t s = 0; s + 1 < order_begin.size; ++s) {
+      begin[s] = count;
+      for (int64_t i = order_begin[s]; i < order_begin[s + 1]; ++i) {
+        int64_t pair = begin[s];
+        while (pair < count && weight[pair] != edges.all[order[i]].weight) ++pair;
+        of_edge[order[i]] = pair;
+        if (pair < count) continue;
         slot[count] = s;
-        weight[count++] = edges[e].weight;
+        weight[count++] = edges.all[order[i]].weight;
       }
+      begin[s + 1] = count;
     }
   }
 };
 
 struct Plan {
   Pairs sources, queries;
-  Plan(Arena& arena, int64_t edges) : sources(arena, edges), queries(arena, edges) {}
+  int64_t *first_state, *joint;  // of a source pair: its first partial state; of an output: its joint state
+  Plan(Arena& arena, int64_t edges, int64_t slots, int64_t outputs)
+      : sources(arena, edges, slots),
+        queries(arena, edges, slots),
+        first_state(arena.take<int64_t>(edges + 1)),
+        joint(arena.take<int64_t>(outputs + 1)) {}
 };
 
 template <class Op>
@@ -196,47 +203,59 @@ class Block {
         state_size_(round_up(problem.channels * row_ + row_, 16)),
         tile_(tile_tokens<Op>(problem.channels, kTileBytes)),
         tile_bytes_(round_up(static_cast<int64_t>(bytes_of<Buffers<Op>>(tile_, problem.channels)), 64)),
-        plan_memory_(bytes_of<Plan>(problem.edges.size)),
+        plan_memory_(bytes_of<Plan>(problem.edges.all.size, problem.features.size, problem.outputs.size)),
         tiles_(static_cast<size_t>(tile_bytes_ * max64(threads, 1))),
         plan_(make_plan()) {}
 
   void run() {
-    const Pairs& sources = plan_.sources;
-    Scratch state_memory(sizeof(Real) * static_cast<size_t>(first_state(sources.count) * state_size_));
+    const int64_t joint = plan_.joint[p_.outputs.size];
+    Scratch state_memory(sizeof(Real) * static_cast<size_t>(plan_.first_state[plan_.sources.count] * state_size_));
+    Scratch joint_memory(sizeof(Real) * static_cast<size_t>(joint * p_.batch * state_size_));
     states_ = reinterpret_cast<Real*>(state_memory.data());
-    int64_t pieces = 0;
-    for (int64_t j = 0; j < p_.features.size; ++j) pieces += p_.batch * splits(j);
-    if (pieces >= kEnoughTasks) {
-      parallel_for(pieces, threads_, [&](int64_t index, int worker) {
-        int64_t j = 0;
-        while (index >= p_.batch * splits(j)) index -= p_.batch * splits(j++);
-        int64_t first = 0, last = 0;
-        while (first < sources.count && sources.slot[first] < j) ++first;
-        for (last = first; last < sources.count && sources.slot[last] == j;) ++last;
-        source_pass(j, index / splits(j), index % splits(j), first, last, tile(worker));
-      });
-    } else {
-      parallel_for(first_state(sources.count), threads_, [&](int64_t index, int worker) {
-        int64_t i = 0;
-        while (index >= p_.batch * splits(sources.slot[i])) index -= p_.batch * splits(sources.slot[i++]);
-        const int64_t j = sources.slot[i];
-        source_pass(j, index / splits(j), index % splits(j), i, i + 1, tile(worker));
-      });
-    }
-    Scratch joint_memory(sizeof(Real) * static_cast<size_t>(joint_outputs() * p_.batch * state_size_));
     joint_ = reinterpret_cast<Real*>(joint_memory.data());
+    for_tiles(plan_.sources, [&](int64_t tokens) { return split_tokens(tokens); },
+              [&](const Piece& piece, int64_t first, int64_t last, int worker) {
+                source_pass(piece, first, last, tile(worker));
+              });
     sum_states();
-    target_pass();
+    for_tiles(plan_.queries, [&](int64_t tokens) { return even_tile<Op>(tokens, tile_); },
+              [&](const Piece& piece, int64_t first, int64_t last, int worker) {
+                target_pass(piece, first, last, tile(worker));
+              });
   }
 
  private:
   Plan make_plan() {
     Arena arena(plan_memory_.data());
-    Plan plan(arena, p_.edges.size);
-    plan.sources.collect(p_.edges, &Edge::source, p_.features.size);
-    plan.queries.collect(p_.edges, &Edge::query, p_.features.size);
+    Plan plan(arena, p_.edges.all.size, p_.features.size, p_.outputs.size);
+    plan.sources.collect(p_.edges, p_.edges.by_source, p_.edges.source_begin);
+    plan.queries.collect(p_.edges, p_.edges.by_query, p_.edges.query_begin);
+    plan.first_state[0] = plan.joint[0] = 0;
+    for (int64_t i = 0; i < plan.sources.count; ++i)
+      plan.first_state[i + 1] = plan.first_state[i] + p_.batch * splits(plan.sources.slot[i]);
+    for (int64_t o = 0; o < p_.outputs.size; ++o) plan.joint[o + 1] = plan.joint[o] + (p_.edges.count(o) > 1);
     return plan;
   }
+
+  // Calls body for every piece of the slots that have pairs. A piece is read once for all its pairs; where
+  // that gives too few tasks, each pair is one.
+  template <class Step, class Body>
+  void for_tiles(const Pairs& pairs, const Step& step, const Body& body) const {
+    const Pieces pieces(p_.features, p_.batch, step, [&](int64_t slot) { return pairs.of(slot) > 0; });
+    int64_t most = 1;
+    if (pieces.total() < kEnoughTasks)
+      for (int64_t slot = 0; slot < p_.features.size; ++slot) most = max64(most, pairs.of(slot));
+    parallel_for(pieces.total() * most, threads_, [&](int64_t index, int worker) {
+      const Piece piece = pieces[index / most];
+      const int64_t first = pairs.begin[piece.slot], last = pairs.begin[piece.slot + 1], pair = first + index % most;
+      if (most == 1) {
+        body(piece, first, last, worker);
+      } else if (pair < last) {
+        body(piece, pair, pair + 1, worker);
+      }
+    });
+  }
+
   Buffers<Op> tile(int worker) const {
     Arena arena(tiles_.data() + worker * tile_bytes_);
     return Buffers<Op>(arena, tile_, p_.channels);
@@ -245,36 +264,30 @@ class Block {
     return weights_.set(static_cast<const char*>(p_.packed), weight);
   }
 
-  // Splits of a source's tokens: long enough that their states are small beside the features (1/16).
-  int64_t split_tokens(int64_t slot) const {
-    const int64_t tokens = p_.features[slot].tokens;
+  // A source's tokens are split so that the partial states are small beside the features: 1/16 of them.
+  int64_t split_tokens(int64_t tokens) const {
     return round_up(max64(max64(1024, 16 * p_.channels), ceil_div(tokens, 16)), kPanel<Op>);
   }
-  int64_t splits(int64_t slot) const { return max64(ceil_div(p_.features[slot].tokens, split_tokens(slot)), 1); }
-  // Number of the first partial state of a (source, weight) pair; its batch entries and splits follow.
-  int64_t first_state(int64_t pair) const {
-    int64_t count = 0;
-    for (int64_t i = 0; i < pair; ++i) count += p_.batch * splits(plan_.sources.slot[i]);
-    return count;
+  // At least one, so that an empty source has its state, zero.
+  int64_t splits(int64_t slot) const {
+    return max64(ceil_div(p_.features[slot].tokens, split_tokens(p_.features[slot].tokens)), 1);
   }
   Real* partial(int64_t pair, int64_t b, int64_t split) const {
-    return states_ + (first_state(pair) + b * splits(plan_.sources.slot[pair]) + split) * state_size_;
+    return states_ + (plan_.first_state[pair] + b * splits(plan_.sources.slot[pair]) + split) * state_size_;
   }
 
-  void source_pass(int64_t slot, int64_t b, int64_t split, int64_t first, int64_t last, const Buffers<Op>& t) const {
-    const int64_t C = p_.channels, depth = weights_.depth();
-    const int64_t begin = split * split_tokens(slot), end = min64(begin + split_tokens(slot), p_.features[slot].tokens);
-    for (int64_t i = first; i < last; ++i)
-      std::memset(partial(i, b, split), 0, sizeof(Real) * static_cast<size_t>(state_size_));
-    const int64_t step = even_tile<Op>(end - begin, tile_);
+  void source_pass(const Piece& piece, int64_t first, int64_t last, const Buffers<Op>& t) const {
+    const int64_t C = p_.channels, depth = weights_.depth(), end = piece.begin + piece.count;
+    for (int64_t i = first; i < last; ++i) clear_state(partial(i, piece.row, piece.part));
+    const int64_t step = even_tile<Op>(piece.count, tile_);
     const Panels<Unit> x = panelled<Op>(t.x, depth), hidden = panelled<Op>(t.hidden, depth);
     const Panels<Unit> value = row_major<Op>(t.value, C);
-    for (int64_t n = begin; n < end; n += step) {
+    for (int64_t n = piece.begin; n < end; n += step) {
       const int64_t count = min64(step, end - n);
-      load_features<Op>(p_.dtype, p_.features[slot], b, n, count, C, t.x);
+      load_features<Op>(p_.dtype, p_.features[piece.slot], piece.row, n, count, C, t.x);
       for (int64_t i = first; i < last; ++i) {
         const char* set = weight_set(plan_.sources.weight[i]);
-        Real* state = partial(i, b, split);
+        Real* state = partial(i, piece.row, piece.part);
         multiply<Op, Output::kUnits>(project(set, kKey1, x, count), hidden);
         // Keys as plain rows of tokens, which the state's product broadcasts.
         multiply<Op, Output::kReal>(project(set, kKey2, hidden, count), Panels<Real>{t.real, token_row<Op>(tile_), kPanel<Op>});
@@ -346,52 +359,37 @@ class Block {
     }
   }
 
-  int64_t edges_of(int64_t output) const {
-    int64_t count = 0;
-    for (int64_t e = 0; e < p_.edges.size; ++e) count += p_.edges[e].output == output;
-    return count;
-  }
-  int64_t joint_outputs() const {
-    int64_t count = 0;
-    for (int64_t o = 0; o < p_.outputs.size; ++o) count += edges_of(o) > 1;
-    return count;
-  }
   // The finished state of an output: its only pair's, or the sum of its pairs'.
-  Real* state_of(int64_t output, int64_t b) const {
-    int64_t joint = 0, pair = 0;
-    for (int64_t o = 0; o < output; ++o) joint += edges_of(o) > 1;
-    for (int64_t e = 0; e < p_.edges.size; ++e)
-      if (p_.edges[e].output == output) pair = plan_.sources.of_edge[e];
-    return edges_of(output) > 1 ? joint_ + (joint * p_.batch + b) * state_size_ : partial(pair, b, 0);
+  Real* state_of(int64_t o, int64_t b) const {
+    return p_.edges.count(o) > 1 ? joint_ + (plan_.joint[o] * p_.batch + b) * state_size_
+                                 : partial(plan_.sources.of_edge[p_.edges.output_begin[o]], b, 0);
   }
 
+  void clear_state(Real* state) const { std::memset(state, 0, sizeof(Real) * static_cast<size_t>(state_size_)); }
   void add_state(const Real* from, Real* to) const {
     for (int64_t i = 0; i < state_size_; i += kLanes<Real>) store(to + i, load(to + i) + load(from + i));
   }
 
   void sum_states() {
     parallel_for(plan_.sources.count * p_.batch, threads_, [&](int64_t index, int) {
-      const int64_t pair = index / p_.batch, b = index % p_.batch;
-      for (int64_t i = 1; i < splits(plan_.sources.slot[pair]); ++i)
-        add_state(partial(pair, b, i), partial(pair, b, 0));
+      const int64_t pair = index / p_.batch, b = index % p_.batch, parts = splits(plan_.sources.slot[pair]);
+      for (int64_t i = 1; i < parts; ++i) add_state(partial(pair, b, i), partial(pair, b, 0));
+      if (p_.features[plan_.sources.slot[pair]].tokens == 0) clear_state(partial(pair, b, 0));
     });
-    if (joint_outputs() > 0) {
-      parallel_for(p_.outputs.size * p_.batch, threads_, [&](int64_t index, int) {
-        const int64_t o = index / p_.batch, b = index % p_.batch;
-        if (edges_of(o) < 2) return;
-        Real* sum = state_of(o, b);
-        std::memset(sum, 0, sizeof(Real) * static_cast<size_t>(state_size_));
-        for (int64_t e = 0; e < p_.edges.size; ++e)
-          if (p_.edges[e].output == o) add_state(partial(plan_.sources.of_edge[e], b, 0), sum);
-      });
-    }
+    const int64_t joint = plan_.joint[p_.outputs.size];
+    parallel_for(joint > 0 ? p_.outputs.size * p_.batch : 0, threads_, [&](int64_t index, int) {
+      const int64_t o = index / p_.batch, b = index % p_.batch;
+      if (p_.edges.count(o) < 2) return;
+      Real* sum = state_of(o, b);
+      clear_state(sum);
+      for (int64_t e = p_.edges.output_begin[o]; e < p_.edges.output_begin[o + 1]; ++e)
+        add_state(partial(plan_.sources.of_edge[e], b, 0), sum);
+    });
     if constexpr (Op::kDepth == 2) {
-      const auto pack_rows = [&](Real* state) { pack_state(state); };
       parallel_for(plan_.sources.count * p_.batch, threads_, [&](int64_t index, int) {
-        pack_rows(partial(index / p_.batch, index % p_.batch, 0));
+        pack_state(partial(index / p_.batch, index % p_.batch, 0));
       });
-      parallel_for(joint_outputs() * p_.batch, threads_,
-                   [&](int64_t index, int) { pack_rows(joint_ + index * state_size_); });
+      parallel_for(joint * p_.batch, threads_, [&](int64_t index, int) { pack_state(joint_ + index * state_size_); });
     }
   }
 
@@ -417,49 +415,20 @@ class Block {
 #endif
   }
 
-  // One tile of a target's tokens and all its projections make a task; where that gives too few tasks,
-  // each projection.
-  void target_pass() const {
-    const Pairs& queries = plan_.queries;
-    int64_t tiles = 0, tasks = 0;
-    for (int64_t s = 0; s < p_.features.size; ++s) tiles += queries.of(s) ? p_.batch * target_tiles(s) : 0;
-    const bool whole = tiles >= kEnoughTasks;
-    for (int64_t s = 0; s < p_.features.size; ++s) tasks += (whole ? queries.of(s) > 0 : queries.of(s)) * p_.batch * target_tiles(s);
-    parallel_for(tasks, threads_, [&](int64_t index, int worker) {
-      int64_t slot = 0, first = 0;
-      for (;; ++slot) {
-        const int64_t here = (whole ? queries.of(slot) > 0 : queries.of(slot)) * p_.batch * target_tiles(slot);
-        if (index < here) break;
-        index -= here;
-        first += queries.of(slot);
-      }
-      const int64_t per_tile = whole ? 1 : queries.of(slot), tile_index = index / per_tile;
-      if (!whole) first += index % per_tile;
-      target_tile(slot, tile_index / target_tiles(slot), tile_index % target_tiles(slot), first,
-                  first + (whole ? queries.of(slot) : 1), tile(worker));
-    });
-  }
-  int64_t target_step(int64_t slot) const { return even_tile<Op>(p_.features[slot].tokens, tile_); }
-  int64_t target_tiles(int64_t slot) const { return ceil_div(p_.features[slot].tokens, target_step(slot)); }
-
-  void target_tile(int64_t slot, int64_t b, int64_t index, int64_t first, int64_t last, const Buffers<Op>& t) const {
-    const int64_t C = p_.channels, depth = weights_.depth(), step = target_step(slot);
-    const int64_t n = index * step, count = min64(step, p_.features[slot].tokens - n);
-    const Panels<Unit> x = panelled<Op>(t.x, depth), hidden = panelled<Op>(t.hidden, depth);
-    load_features<Op>(p_.dtype, p_.features[slot], b, n, count, C, t.x);
+  void target_pass(const Piece& piece, int64_t first, int64_t last, const Buffers<Op>& t) const {
+    const Panels<Unit> x = panelled<Op>(t.x, weights_.depth()), hidden = panelled<Op>(t.hidden, weights_.depth());
+    load_features<Op>(p_.dtype, p_.features[piece.slot], piece.row, piece.begin, piece.count, p_.channels, t.x);
     for (int64_t pair = first; pair < last; ++pair) {
       const char* set = weight_set(plan_.queries.weight[pair]);
-      multiply<Op, Output::kUnits>(project(set, kQuery1, x, count), hidden);
-      multiply<Op, Output::kReal>(project(set, kQuery2, hidden, count), panelled<Op>(t.real, C));
-      activate_queries(t, count);
-      for (int64_t o = 0; o < p_.outputs.size; ++o)
-        if (pair_of(o) == pair) write_output(o, b, n, count, t);
+      multiply<Op, Output::kUnits>(project(set, kQuery1, x, piece.count), hidden);
+      multiply<Op, Output::kReal>(project(set, kQuery2, hidden, piece.count), panelled<Op>(t.real, p_.channels));
+      activate_queries(t, piece.count);
+      for (int64_t i = p_.edges.query_begin[piece.slot]; i < p_.edges.query_begin[piece.slot + 1]; ++i) {
+        const int64_t e = p_.edges.by_query[i], o = p_.edges.all[e].output;
+        if (plan_.queries.of_edge[e] == pair && e == p_.edges.output_begin[o])
+          write_output(o, piece.row, piece.begin, piece.count, t);
+      }
     }
-  }
-  int64_t pair_of(int64_t output) const {
-    for (int64_t e = 0; e < p_.edges.size; ++e)
-      if (p_.edges[e].output == output) return plan_.queries.of_edge[e];
-    return -1;
   }
 
   void write_output(int64_t o, int64_t b, int64_t n, int64_t count, const Buffers<Op>& t) const {
@@ -494,7 +463,7 @@ int64_t operand_bytes(const BlockProblem& p) {
   int64_t tokens = 0, weights = 0;
   for (int64_t i = 0; i < p.features.size; ++i) tokens += p.features[i].tokens;
   for (int64_t o = 0; o < p.outputs.size; ++o) tokens += p.outputs[o].tokens;
-  for (int64_t e = 0; e < p.edges.size; ++e) weights = max64(weights, p.edges[e].weight + 1);
+  for (int64_t e = 0; e < p.edges.all.size; ++e) weights = max64(weights, p.edges.all[e].weight + 1);
   const int64_t element = p.dtype == Dtype::kFloat64 ? 8 : p.dtype == Dtype::kFloat32 ? 4 : 2;
   return p.batch * p.channels * tokens * element + weights * PackedWeights<Op>{p.channels}.bytes();
 }
@@ -507,19 +476,12 @@ void run_in_waves(const BlockProblem& p, int threads) {
   const int64_t state = p.batch * (p.channels + 1) * row_length<Op>(p.channels) * int64_t(sizeof(typename Op::Real));
   int64_t most = max64(operand_bytes<Op>(p) / 8 / max64(state, 1), threads);
   most -= most % max64(threads, 1);
-  Scratch edge_memory(sizeof(Edge) * static_cast<size_t>(p.edges.size));
-  Edge* edges = reinterpret_cast<Edge*>(edge_memory.data());
-  for (int64_t o = 0; o < p.outputs.size;) {
-    int64_t count = 0;
-    for (; o < p.outputs.size; ++o) {
-      int64_t more = 0;
-      for (int64_t e = 0; e < p.edges.size; ++e)
-        if (p.edges[e].output == o) edges[count + more++] = p.edges[e];
-      if (count > 0 && count + more > most) break;
-      count += more;
-    }
+  for (int64_t first = 0, last = 0; first < p.outputs.size; first = last) {
+    for (++last; last < p.outputs.size; ++last)
+      if (p.edges.output_begin[last + 1] - p.edges.output_begin[first] > most) break;
+    const EdgeIndex edges(p.edges, first, last);
     BlockProblem wave = p;
-    wave.edges = {edges, count};
+    wave.edges = edges.list();
     Block<Op>(wave, threads).run();
   }
 }

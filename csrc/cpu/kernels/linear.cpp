@@ -9,6 +9,7 @@
 // depend on the number of threads. States are kept transposed in scratch, (C, Cv), as the products want.
 #include "../math.h"
 #include "../pack.h"
+#include "../pieces.h"
 #include "table.h"
 
 namespace xattn {
@@ -22,30 +23,6 @@ template <class Op>
 int64_t split_tokens(int64_t tokens) {
   return max64(1024, round_up(ceil_div(tokens, 16), kPanel<Op>));
 }
-
-// Numbers the splits of all slots, batch entries outermost within a slot.
-struct Splits {
-  const View* views;
-  int64_t slots, batch;
-  int64_t (*size)(int64_t tokens);
-
-  int64_t of(int64_t slot) const { return ceil_div(views[slot].tokens, size(views[slot].tokens)); }
-  int64_t first(int64_t slot) const {
-    int64_t count = 0;
-    for (int64_t i = 0; i < slot; ++i) count += batch * of(i);
-    return count;
-  }
-  int64_t total() const { return first(slots); }
-  struct Piece {
-    int64_t slot, b, begin, end;
-  };
-  Piece piece(int64_t index) const {
-    int64_t slot = 0;
-    while (index >= batch * of(slot)) index -= batch * of(slot++);
-    const int64_t tokens = views[slot].tokens, b = index / of(slot), begin = index % of(slot) * size(tokens);
-    return {slot, b, begin, min64(begin + size(tokens), tokens)};
-  }
-};
 
 // A state in scratch: transposed S, rows padded, then Z.
 template <class Op>
@@ -113,52 +90,45 @@ class Linear {
         tiles_(static_cast<size_t>(tile_bytes_ * max64(threads, 1))) {}
 
   void forward() {
-    const Splits splits{p_.keys.data, p_.keys.size, p_.batch, split_tokens<Op>};
-    const int64_t size = layout_.size(), outputs = p_.outputs.size;
-    Scratch partial_memory(sizeof(Real) * static_cast<size_t>(splits.total() * size));
-    Scratch state_memory(sizeof(Real) * static_cast<size_t>(outputs * p_.batch * size));
+    const Pieces sources(p_.keys, p_.batch, split_tokens<Op>), targets(p_.outputs, p_.batch, split_tokens<Op>);
+    const int64_t size = layout_.size(), states_count = p_.outputs.size * p_.batch;
+    Scratch partial_memory(sizeof(Real) * static_cast<size_t>(sources.total() * size));
+    Scratch state_memory(sizeof(Real) * static_cast<size_t>(states_count * size));
     Real* partial = reinterpret_cast<Real*>(partial_memory.data());
     Real* states = reinterpret_cast<Real*>(state_memory.data());
-    parallel_for(splits.total(), threads_, [&](int64_t index, int worker) {
-      source_state(splits.piece(index), partial + index * size, tile(worker));
+    parallel_for(sources.total(), threads_, [&](int64_t index, int worker) {
+      source_state(sources[index], partial + index * size, tile(worker));
     });
-    parallel_for(outputs * p_.batch, threads_, [&](int64_t index, int) {
+    parallel_for(states_count, threads_, [&](int64_t index, int) {
       const int64_t o = index / p_.batch, b = index % p_.batch;
       Real* state = states + index * size;
       layout_.clear(state);
       if (p_.initial_s) layout_.import_s(user_s<const Real>(p_.initial_s, index), state);
       if (p_.initial_z) layout_.import_z(user_z<const Real>(p_.initial_z, index), state);
-      for (int64_t e = 0; e < p_.edges.size; ++e) {
-        if (p_.edges[e].output != o) continue;
-        const int64_t j = p_.edges[e].source, first = splits.first(j) + b * splits.of(j);
-        for (int64_t i = 0; i < splits.of(j); ++i) layout_.add(partial + (first + i) * size, state);
+      for (int64_t e = p_.edges.output_begin[o]; e < p_.edges.output_begin[o + 1]; ++e) {
+        const int64_t j = p_.edges.all[e].source;
+        for (int64_t i = 0; i < sources.parts(j); ++i) layout_.add(partial + sources.number(j, b, i) * size, state);
       }
       layout_.export_to(state, user_s<Real>(p_.state_s, index), user_z<Real>(p_.state_z, index));
     });
-    const Splits targets{p_.outputs.data, outputs, p_.batch, split_tokens<Op>};
     parallel_for(targets.total(), threads_, [&](int64_t index, int worker) {
-      const Splits::Piece piece = targets.piece(index);
-      apply_state(piece, states + (piece.slot * p_.batch + piece.b) * size, tile(worker));
+      const Piece piece = targets[index];
+      apply_state(piece, states + (piece.slot * p_.batch + piece.row) * size, tile(worker));
     });
   }
 
   void backward(const LinearGradients& g) {
-    const int64_t size = layout_.size(), outputs = p_.outputs.size, states_count = outputs * p_.batch;
-    const Splits splits{p_.outputs.data, outputs, p_.batch, split_tokens<Op>};
-    Scratch partial_memory(sizeof(Real) * static_cast<size_t>(splits.total() * size));
-    Scratch state_memory(sizeof(Real) * static_cast<size_t>(2 * states_count * size));
+    // An output has the tokens of its query: its partial states are numbered like the query's pieces.
+    const Pieces outputs(p_.outputs, p_.batch, split_tokens<Op>), targets(p_.queries, p_.batch, split_tokens<Op>),
+        sources(p_.keys, p_.batch, split_tokens<Op>);
+    const int64_t size = layout_.size(), states_count = p_.outputs.size * p_.batch;
+    Scratch partial_memory(sizeof(Real) * static_cast<size_t>(outputs.total() * size));
+    Scratch gradient_memory(sizeof(Real) * static_cast<size_t>(states_count * size));
     Real* partial = reinterpret_cast<Real*>(partial_memory.data());
-    Real* states = reinterpret_cast<Real*>(state_memory.data());
-    Real* gradients = states + states_count * size;
-    parallel_for(states_count, threads_, [&](int64_t index, int) {
-      layout_.clear(states + index * size);
-      layout_.import_z(user_z<const Real>(p_.state_z, index), states + index * size);
-    });
-    // Targets: a query slot owns its gradient, so one task serves all outputs of a piece of its tokens.
-    const Splits targets{p_.queries.data, p_.queries.size, p_.batch, split_tokens<Op>};
+    Real* gradients = reinterpret_cast<Real*>(gradient_memory.data());
+    // A query slot owns its gradient, so one task serves all outputs of a piece of its tokens.
     parallel_for(targets.total(), threads_, [&](int64_t index, int worker) {
-      const Splits::Piece piece = targets.piece(index);
-      target_gradients(g, piece, splits, states, partial, tile(worker));
+      target_gradients(g, targets[index], outputs, partial, tile(worker));
     });
     parallel_for(states_count, threads_, [&](int64_t index, int) {
       const int64_t o = index / p_.batch, b = index % p_.batch;
@@ -166,12 +136,10 @@ class Linear {
       layout_.clear(gradient);
       if (g.grad_state_s) layout_.import_s(user_s<const Real>(g.grad_state_s, index), gradient);
       if (g.grad_state_z) layout_.import_z(user_z<const Real>(g.grad_state_z, index), gradient);
-      const int64_t first = splits.first(o) + b * splits.of(o);
       if (g.grad_outputs[o].data)
-        for (int64_t i = 0; i < splits.of(o); ++i) layout_.add(partial + (first + i) * size, gradient);
+        for (int64_t i = 0; i < outputs.parts(o); ++i) layout_.add(partial + outputs.number(o, b, i) * size, gradient);
       if (g.initial_s) layout_.export_to(gradient, user_s<Real>(g.initial_s, index), user_z<Real>(g.initial_z, index));
     });
-    const Splits sources{p_.keys.data, p_.keys.size, p_.batch, split_tokens<Op>};
     // What a source sees is the sum over the outputs it feeds; both layouts of it serve as operands.
     const int64_t both = size + round_up(p_.value_channels * p_.channels, 16);
     Scratch source_memory(sizeof(Real) * static_cast<size_t>(p_.keys.size * p_.batch * both));
@@ -180,14 +148,14 @@ class Linear {
       const int64_t j = index / p_.batch, b = index % p_.batch;
       Real* sum = source_states + index * both;
       layout_.clear(sum);
-      for (int64_t e = 0; e < p_.edges.size; ++e)
-        if (p_.edges[e].source == j) layout_.add(gradients + (p_.edges[e].output * p_.batch + b) * size, sum);
+      for (int64_t i = p_.edges.source_begin[j]; i < p_.edges.source_begin[j + 1]; ++i)
+        layout_.add(gradients + (p_.edges.all[p_.edges.by_source[i]].output * p_.batch + b) * size, sum);
       for (int64_t v = 0; v < p_.value_channels; ++v)
         for (int64_t c = 0; c < p_.channels; ++c) sum[size + v * p_.channels + c] = sum[c * layout_.row() + v];
     });
     parallel_for(sources.total(), threads_, [&](int64_t index, int worker) {
-      const Splits::Piece piece = sources.piece(index);
-      source_gradients(g, piece, source_states + (piece.slot * p_.batch + piece.b) * both, tile(worker));
+      const Piece piece = sources[index];
+      source_gradients(g, piece, source_states + (piece.slot * p_.batch + piece.row) * both, tile(worker));
     });
   }
 
@@ -209,14 +177,14 @@ class Linear {
   }
 
   // One piece of a source: S^T += phi(k) v^T and Z += phi(k).
-  void source_state(Splits::Piece piece, Real* state, const Tile<Op>& t) const {
+  void source_state(Piece piece, Real* state, const Tile<Op>& t) const {
     layout_.clear(state);
     const int64_t row = row_length<Op>(p_.channels);
     const Panels<Real> k = row_major<Op>(t.rows_k, p_.channels), v = row_major<Op>(t.rows_v, p_.value_channels);
-    for (int64_t n = piece.begin; n < piece.end; n += tile_) {
-      const int64_t count = min64(tile_, piece.end - n);
-      load_tokens<Op>(p_.dtype, p_.keys[piece.slot], piece.b, n, count, 0, p_.channels, k);
-      load_tokens<Op>(p_.dtype, p_.values[piece.slot], piece.b, n, count, 0, p_.value_channels, v);
+    for (int64_t n = piece.begin, end = n + piece.count; n < end; n += tile_) {
+      const int64_t count = min64(tile_, end - n);
+      load_tokens<Op>(p_.dtype, p_.keys[piece.slot], piece.row, n, count, 0, p_.channels, k);
+      load_tokens<Op>(p_.dtype, p_.values[piece.slot], piece.row, n, count, 0, p_.value_channels, v);
       apply_feature_map(p_.feature_map, t.rows_k, count * row);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < p_.channels; ++c) layout_.z(state)[c] += t.rows_k[i * row + c];
@@ -236,63 +204,61 @@ class Linear {
   }
   int64_t whole(int64_t count) const { return round_up(count, kPanel<Op>); }
 
-  int64_t query_of(int64_t output) const {
-    int64_t query = -1;
-    for (int64_t e = 0; e < p_.edges.size; ++e)
-      if (p_.edges[e].output == output) query = p_.edges[e].query;
-    return query;
-  }
-
-  void apply_state(Splits::Piece piece, const Real* state, const Tile<Op>& t) const {
-    const View& query = p_.queries[query_of(piece.slot)];
+  void apply_state(Piece piece, const Real* state, const Tile<Op>& t) const {
+    const View& query = p_.queries[p_.edges.query_of(piece.slot)];
     const Vec<Real> eps = splat(static_cast<Real>(p_.eps));
     const Panels<Real> q = panelled<Op>(t.q, p_.channels), out = panelled<Op>(t.w, p_.value_channels);
-    for (int64_t n = piece.begin; n < piece.end; n += tile_) {
-      const int64_t count = min64(tile_, piece.end - n);
-      load_channels<Op>(p_.dtype, query, piece.b, n, count, 0, p_.channels, q);
+    for (int64_t n = piece.begin, end = n + piece.count; n < end; n += tile_) {
+      const int64_t count = min64(tile_, end - n);
+      load_channels<Op>(p_.dtype, query, piece.row, n, count, 0, p_.channels, q);
       apply_feature_map(p_.feature_map, t.q, whole(count) * p_.channels);
       denominators(layout_.z(state), count, t);
       multiply<Op, Output::kReal>({p_.value_channels, count, p_.channels, layout_.s(state), constant(q)}, out);
       for (int64_t m = 0; m < count; m += kLanes<Real>)
         store(t.denominator + m, Real(1) / at_least(eps, load(t.denominator + m)));
-      store_channels<Op>(constant(out), t.denominator, 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot], piece.b, n);
+      store_channels<Op>(constant(out), t.denominator, 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot], piece.row, n);
     }
   }
 
   // dq of one piece of a query slot, and the partial dS, dZ of each of its outputs. With g the output's
   // gradient, d the denominator, w = S^T g and c = (w . phi(q)) / d (0 where the clamp is active):
   //   dS = sum g phi(q)^T / d    dZ = -sum c phi(q) / d    dphi(q) = (w - c Z) / d
-  void target_gradients(const LinearGradients& g, Splits::Piece piece, const Splits& splits, const Real* states,
-                        Real* partial, const Tile<Op>& t) const {
+  void target_gradients(const LinearGradients& g, Piece piece, const Pieces& outputs, Real* partial,
+                        const Tile<Op>& t) const {
     const View &query = p_.queries[piece.slot], &dq = g.queries[piece.slot];
-    const int64_t split = piece.begin / split_tokens<Op>(query.tokens);
-    auto sum_of = [&](int64_t o) {
-      return partial + (splits.first(o) + piece.b * splits.of(o) + split) * layout_.size();
-    };
-    auto wanted = [&](int64_t o) { return query_of(o) == piece.slot && g.grad_outputs[o].data; };
-    for (int64_t o = 0; o < p_.outputs.size; ++o)
-      if (wanted(o)) layout_.clear(sum_of(o));
-    for (int64_t n = piece.begin; n < piece.end; n += tile_) {
-      const int64_t count = min64(tile_, piece.end - n), width = whole(count) * p_.channels;
-      load_channels<Op>(p_.dtype, query, piece.b, n, count, 0, p_.channels, panelled<Op>(t.before_map, p_.channels));
+    const auto sum_of = [&](int64_t o) { return partial + outputs.number(o, piece.row, piece.part) * layout_.size(); };
+    for_outputs(g, piece.slot, [&](int64_t o) { layout_.clear(sum_of(o)); });
+    for (int64_t n = piece.begin, end = n + piece.count; n < end; n += tile_) {
+      const int64_t count = min64(tile_, end - n), width = whole(count) * p_.channels;
+      load_channels<Op>(p_.dtype, query, piece.row, n, count, 0, p_.channels, panelled<Op>(t.before_map, p_.channels));
       std::memcpy(t.q, t.before_map, sizeof(Real) * static_cast<size_t>(width));
       apply_feature_map(p_.feature_map, t.q, width);
-      load_tokens<Op>(p_.dtype, query, piece.b, n, count, 0, p_.channels, row_major<Op>(t.rows_k, p_.channels));
+      load_tokens<Op>(p_.dtype, query, piece.row, n, count, 0, p_.channels, row_major<Op>(t.rows_k, p_.channels));
       apply_feature_map(p_.feature_map, t.rows_k, count * row_length<Op>(p_.channels));
       std::memset(t.total, 0, sizeof(Real) * static_cast<size_t>(width));
-      for (int64_t o = 0; o < p_.outputs.size; ++o)
-        if (wanted(o)) output_gradients(g.grad_outputs[o], o, piece.b, n, count, states, sum_of(o), t);
+      for_outputs(g, piece.slot, [&](int64_t o) {
+        output_gradients(g.grad_outputs[o], o, piece.row, n, count, sum_of(o), t);
+      });
       if (!dq.data) continue;
       multiply_by_derivative(p_.feature_map, t.before_map, t.total, width);
-      store_channels<Op>(constant(panelled<Op>(t.total, p_.channels)), t.ones, 0, p_.channels, count, p_.dtype, dq, piece.b, n);
+      store_channels<Op>(constant(panelled<Op>(t.total, p_.channels)), t.ones, 0, p_.channels, count, p_.dtype, dq,
+                         piece.row, n);
+    }
+  }
+  // The outputs of a query slot that have a gradient. Edges of an output lie together.
+  template <class Body>
+  void for_outputs(const LinearGradients& g, int64_t query, const Body& body) const {
+    for (int64_t i = p_.edges.query_begin[query]; i < p_.edges.query_begin[query + 1]; ++i) {
+      const int64_t e = p_.edges.by_query[i], o = p_.edges.all[e].output;
+      if (e == p_.edges.output_begin[o] && g.grad_outputs[o].data) body(o);
     }
   }
 
   // One output's share of target_gradients on a tile: adds to t.total (dphi(q)) and to `sum` (dS, dZ).
-  void output_gradients(const View& grad, int64_t o, int64_t b, int64_t n, int64_t count, const Real* states,
-                        Real* sum, const Tile<Op>& t) const {
+  void output_gradients(const View& grad, int64_t o, int64_t b, int64_t n, int64_t count, Real* sum,
+                        const Tile<Op>& t) const {
     const int64_t C = p_.channels, V = p_.value_channels;
-    const Real* z = layout_.z(states + (o * p_.batch + b) * layout_.size());
+    const Real* z = user_z<const Real>(p_.state_z, o * p_.batch + b);
     const Panels<Real> g = panelled<Op>(t.g, V), w = panelled<Op>(t.w, C), q = panelled<Op>(t.q, C);
     load_channels<Op>(p_.dtype, grad, b, n, count, 0, V, g);
     const Panels<const Real> s{user_s<const Real>(p_.state_s, o * p_.batch + b), C, kPanel<Op>};
@@ -323,27 +289,27 @@ class Linear {
 
   // dk and dv of one piece of a source slot, from the summed dS (both layouts) and dZ:
   //   dphi(k) = dS^T v + dZ    dv = dS phi(k)
-  void source_gradients(const LinearGradients& g, Splits::Piece piece, const Real* state, const Tile<Op>& t) const {
+  void source_gradients(const LinearGradients& g, Piece piece, const Real* state, const Tile<Op>& t) const {
     const int64_t C = p_.channels, V = p_.value_channels;
     const View &dk = g.keys[piece.slot], &dv = g.values[piece.slot];
     const Panels<Real> k = panelled<Op>(t.q, C), v = panelled<Op>(t.g, V), before = panelled<Op>(t.before_map, C);
     const Panels<const Real> by_value{state + layout_.size(), C, kPanel<Op>};
-    for (int64_t n = piece.begin; n < piece.end; n += tile_) {
-      const int64_t count = min64(tile_, piece.end - n), width = whole(count) * C;
-      load_channels<Op>(p_.dtype, p_.keys[piece.slot], piece.b, n, count, 0, C, before);
+    for (int64_t n = piece.begin, end = n + piece.count; n < end; n += tile_) {
+      const int64_t count = min64(tile_, end - n), width = whole(count) * C;
+      load_channels<Op>(p_.dtype, p_.keys[piece.slot], piece.row, n, count, 0, C, before);
       if (dv.data) {
         const Panels<Real> gradient = panelled<Op>(t.w, V);
         std::memcpy(t.q, t.before_map, sizeof(Real) * static_cast<size_t>(width));
         apply_feature_map(p_.feature_map, t.q, width);
         multiply<Op, Output::kReal>({V, count, C, layout_.s(state), constant(k)}, gradient);
-        store_channels<Op>(constant(gradient), t.ones, 0, V, count, p_.dtype, dv, piece.b, n);
+        store_channels<Op>(constant(gradient), t.ones, 0, V, count, p_.dtype, dv, piece.row, n);
       }
       if (dk.data) {
         const Panels<Real> gradient = panelled<Op>(t.w, C);
-        load_channels<Op>(p_.dtype, p_.values[piece.slot], piece.b, n, count, 0, V, v);
+        load_channels<Op>(p_.dtype, p_.values[piece.slot], piece.row, n, count, 0, V, v);
         multiply<Op, Output::kReal>({C, count, V, by_value, constant(v), layout_.z(state)}, gradient);
         multiply_by_derivative(p_.feature_map, t.before_map, t.w, width);
-        store_channels<Op>(constant(gradient), t.ones, 0, C, count, p_.dtype, dk, piece.b, n);
+        store_channels<Op>(constant(gradient), t.ones, 0, C, count, p_.dtype, dk, piece.row, n);
       }
     }
   }

@@ -9,6 +9,7 @@
 // tasks add to the same gradient. Scores are kept in base 2: s = q.k * scale / ln 2.
 #include "../math.h"
 #include "../pack.h"
+#include "../pieces.h"
 #include "table.h"
 
 namespace xattn {
@@ -64,8 +65,13 @@ class Softmax {
   }
 
   void backward(const SoftmaxGradients& g) {
+    Scratch begin_memory(sizeof(int64_t) * static_cast<size_t>(p_.outputs.size));
+    delta_begin_ = reinterpret_cast<int64_t*>(begin_memory.data());
     int64_t rows = 0;
-    for (int64_t o = 0; o < p_.outputs.size; ++o) rows += p_.batch * p_.heads * p_.outputs[o].tokens;
+    for (int64_t o = 0; o < p_.outputs.size; ++o) {
+      delta_begin_[o] = rows;
+      rows += p_.batch * p_.heads * p_.outputs[o].tokens;
+    }
     Scratch delta_memory(sizeof(Real) * static_cast<size_t>(rows));
     delta_ = reinterpret_cast<Real*>(delta_memory.data());
     for_tiles(p_.outputs, [&](const Tile& tile, const Buffers<Op>& t) { delta_tile(g, tile, t); });
@@ -81,16 +87,11 @@ class Softmax {
   // Calls body for every tile of every (slot, batch entry, head).
   template <class Body>
   void for_tiles(Span<const View> views, const Body& body) const {
-    const auto step = [&](int64_t slot) { return even_tile<Op>(views[slot].tokens, tile_); };
-    const auto tiles = [&](int64_t slot) { return ceil_div(views[slot].tokens, step(slot)); };
-    int64_t count = 0;
-    for (int64_t s = 0; s < views.size; ++s) count += p_.batch * p_.heads * tiles(s);
-    parallel_for(count, threads_, [&](int64_t index, int worker) {
-      int64_t slot = 0;
-      while (index >= p_.batch * p_.heads * tiles(slot)) index -= p_.batch * p_.heads * tiles(slot++);
-      const int64_t begin = index % tiles(slot) * step(slot), row = index / tiles(slot);
+    const Pieces pieces(views, p_.batch * p_.heads, [&](int64_t tokens) { return even_tile<Op>(tokens, tile_); });
+    parallel_for(pieces.total(), threads_, [&](int64_t index, int worker) {
+      const Piece piece = pieces[index];
       Arena arena(tiles_.data() + worker * tile_bytes_);
-      body(Tile{slot, row / p_.heads, row % p_.heads, begin, min64(step(slot), views[slot].tokens - begin)},
+      body(Tile{piece.slot, piece.row / p_.heads, piece.row % p_.heads, piece.begin, piece.count},
            Buffers<Op>(arena, tile_, channels_, value_channels_));
     });
   }
@@ -100,11 +101,7 @@ class Softmax {
   Real* lse(Span<void* const> pointers, int64_t o, int64_t b, int64_t head) const {
     return static_cast<Real*>(pointers[o]) + lse_row(o, b, head);
   }
-  Real* delta(int64_t o, int64_t b, int64_t head) const {
-    int64_t first = 0;
-    for (int64_t i = 0; i < o; ++i) first += p_.batch * p_.heads * p_.outputs[i].tokens;
-    return delta_ + first + lse_row(o, b, head);
-  }
+  Real* delta(int64_t o, int64_t b, int64_t head) const { return delta_ + delta_begin_[o] + lse_row(o, b, head); }
 
   // A head's channels of a token range: channels as rows in panels, or tokens as rows.
   void read_panels(const View& view, const Tile& tile, int64_t begin, int64_t count, int64_t channels, Real* to) const {
@@ -142,16 +139,13 @@ class Softmax {
 
   void forward_tile(const Tile& tile, const Buffers<Op>& t) const {
     const int64_t width = round_up(tile.count, kPanel<Op>);
-    for (int64_t e = 0; e < p_.edges.size; ++e)
-      if (p_.edges[e].output == tile.slot)
-        read_panels(p_.queries[p_.edges[e].query], tile, tile.begin, tile.count, channels_, t.own);
+    read_panels(p_.queries[p_.edges.query_of(tile.slot)], tile, tile.begin, tile.count, channels_, t.own);
     scale(t.own, width * channels_, p_.scale * kLog2E);
     clear(t.sum_value, width * value_channels_);
     clear(t.total, width);
     fill(t.maximum, width, -INFINITY);
-    for (int64_t e = 0; e < p_.edges.size; ++e) {
-      if (p_.edges[e].output != tile.slot) continue;
-      const int64_t j = p_.edges[e].source, tokens = p_.keys[j].tokens;
+    for (int64_t e = p_.edges.output_begin[tile.slot]; e < p_.edges.output_begin[tile.slot + 1]; ++e) {
+      const int64_t j = p_.edges.all[e].source, tokens = p_.keys[j].tokens;
       for (int64_t k = 0; k < tokens; k += kBlock) {
         const int64_t rows = min64(kBlock, tokens - k);
         read_panels(p_.keys[j], tile, k, rows, channels_, t.block);
@@ -245,9 +239,10 @@ class Softmax {
     scale(t.own, width * channels_, p_.scale * kLog2E);
     clear(t.sum, width * channels_);
     int64_t loaded = -1;
-    for (int64_t e = 0; e < p_.edges.size; ++e) {
-      const int64_t o = p_.edges[e].output, j = p_.edges[e].source, tokens = p_.keys[j].tokens;
-      if (p_.edges[e].query != tile.slot || !wanted(g, o)) continue;
+    for (int64_t e = p_.edges.query_begin[tile.slot]; e < p_.edges.query_begin[tile.slot + 1]; ++e) {
+      const Edge& edge = p_.edges.all[p_.edges.by_query[e]];
+      const int64_t o = edge.output, j = edge.source, tokens = p_.keys[j].tokens;
+      if (!wanted(g, o)) continue;
       if (loaded != o) {
         read_gradient(g, o, tile, tile.begin, tile.count, t.own_value, nullptr);
         read_statistics(o, tile, tile.begin, tile.count, t);
@@ -287,9 +282,10 @@ class Softmax {
     read_panels(p_.values[tile.slot], tile, tile.begin, tile.count, value_channels_, t.own_value);
     clear(t.sum, width * channels_);
     clear(t.sum_value, width * value_channels_);
-    for (int64_t e = 0; e < p_.edges.size; ++e) {
-      const int64_t o = p_.edges[e].output, i = p_.edges[e].query, tokens = p_.queries[i].tokens;
-      if (p_.edges[e].source != tile.slot || !wanted(g, o)) continue;
+    for (int64_t e = p_.edges.source_begin[tile.slot]; e < p_.edges.source_begin[tile.slot + 1]; ++e) {
+      const Edge& edge = p_.edges.all[p_.edges.by_source[e]];
+      const int64_t o = edge.output, i = edge.query, tokens = p_.queries[i].tokens;
+      if (!wanted(g, o)) continue;
       for (int64_t m = 0; m < tokens; m += kBlock) {
         const int64_t rows = min64(kBlock, tokens - m);
         read_panels(p_.queries[i], tile, m, rows, channels_, t.block);
@@ -322,6 +318,7 @@ class Softmax {
   int64_t tile_, tile_bytes_;
   Scratch tiles_;
   Real* delta_ = nullptr;
+  int64_t* delta_begin_ = nullptr;
 };
 
 }  // namespace
