@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +34,18 @@ def _load() -> tuple[Any, str | None]:
             )
         return importlib.import_module("xattn_kernels._core"), None
     except ModuleNotFoundError as error:
-        others = [path.name for path in pathlib.Path(__file__).parent.parent.glob("_core.*.so")]
-        if others:
-            return None, f"the native module was built for another Python: {', '.join(others)}"
-        return None, f"the native module is missing ({error}): install with `pip install .`"
+        others = _built_for_other_pythons()
+        why = f", there is only {', '.join(others)} of another Python" if others else ""
+        return None, f"the native module is missing{why}: install with `pip install .` ({error})"
     except (ImportError, RuntimeError) as error:
         return None, f"the native module _core does not load: {error}"
+
+
+def _built_for_other_pythons() -> list[str]:
+    """Native CPU modules beside the package that this interpreter does not take."""
+    package = pathlib.Path(__file__).parent.parent
+    ours = {f"_core{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    return sorted(path.name for path in package.glob("_core.*.so") if path.name not in ours)
 
 
 def load_error() -> str | None:
