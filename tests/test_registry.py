@@ -160,7 +160,7 @@ def test_engine_that_is_not_built() -> None:
 
 
 def test_explanations() -> None:
-    text = str(xk.explain("softmax_cross_attention", X, torch.zeros(1, 8, 3), heads=2))
+    text = str(xk.explain("softmax_cross_attention", [X], X, [torch.zeros(1, 8, 3)], heads=2))
     assert "C=4, Cv=8, heads=2" in text
     assert "cpu: runs" in text
     assert "reference: could run, comes later" in text

@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from xattn_kernels.registry import Problem, select
 from xattn_kernels.schedule import Schedule
 
 T = TypeVar("T")
+#: (S, Z) of linear attention.
+State = tuple[Tensor, Tensor]
 
 __all__ = [
     "cross_attention_block",
@@ -43,6 +45,76 @@ __all__ = [
 FEATURE_MAPS = ("softplus", "relu", "elu", "identity")
 
 
+@overload
+def linear_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: None = ...,
+    *,
+    feature_map: str = ...,
+    eps: float = ...,
+    state: State | None = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: None = ...,
+    *,
+    feature_map: str = ...,
+    eps: float = ...,
+    state: State | None = ...,
+    return_state: Literal[True],
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def linear_cross_attention(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    schedule: Schedule | None = ...,
+    *,
+    feature_map: str = ...,
+    eps: float = ...,
+    state: State | None = ...,
+    return_state: Literal[False] = ...,
+) -> list[Tensor]: ...
+
+
+@overload
+def linear_cross_attention(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    schedule: Schedule | None = ...,
+    *,
+    feature_map: str = ...,
+    eps: float = ...,
+    state: State | None = ...,
+    return_state: Literal[True],
+) -> tuple[list[Tensor], State]: ...
+
+
+@overload
+def linear_cross_attention(
+    query: Features,
+    key: Features,
+    value: Features,
+    schedule: Schedule | None = ...,
+    *,
+    feature_map: str = ...,
+    eps: float = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+) -> Any: ...
+
+
 def linear_cross_attention(
     query: Features,
     key: Features,
@@ -51,7 +123,7 @@ def linear_cross_attention(
     *,
     feature_map: str = "softplus",
     eps: float = 1e-12,
-    state: tuple[Tensor, Tensor] | None = None,
+    state: State | None = None,
     return_state: bool = False,
 ) -> Any:
     r"""Cross-attention with a feature map :math:`\phi` in place of the softmax.
@@ -108,6 +180,71 @@ def linear_cross_attention(
             outputs = _by_width(inputs, lambda part: _linear(part, feature_map, eps)[0])
     result = inputs.restore(outputs)
     return (result, tuple(new_state)) if return_state else result
+
+
+@overload
+def softmax_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: None = ...,
+    *,
+    heads: int = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def softmax_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: None = ...,
+    *,
+    heads: int = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def softmax_cross_attention(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    schedule: Schedule | None = ...,
+    *,
+    heads: int = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> list[Tensor]: ...
+
+
+@overload
+def softmax_cross_attention(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    schedule: Schedule | None = ...,
+    *,
+    heads: int = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[list[Tensor], list[Tensor]]: ...
+
+
+@overload
+def softmax_cross_attention(
+    query: Features,
+    key: Features,
+    value: Features,
+    schedule: Schedule | None = ...,
+    *,
+    heads: int = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+) -> Any: ...
 
 
 def softmax_cross_attention(

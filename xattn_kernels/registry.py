@@ -16,7 +16,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -233,17 +233,19 @@ def _explain(problem: Problem, requested: str) -> Explanation:
 
 def explain(
     op: str | Problem,
-    query: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
+    query: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    key: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    value: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     heads: int = 1,
 ) -> Explanation:
     """Say which engine would run a problem now, and why the others would not.
 
     Args:
-        op: an operator's name, with tensors to describe the problem; or a :class:`Problem`.
-        query: a query (B, C, ...); its dtype, device and width are used.
-        value: a value (B, Cv, ...); its width is used. Default: the query's.
+        op: an operator's name, with the first arguments of a call; or a :class:`Problem`.
+        query: a query (B, C, ...), or a list of which the first counts: gives dtype, device, width.
+        key: not looked at: as wide as the query.
+        value: a value (B, Cv, ...) or a list, for its width. Default: the query's.
         heads: heads of the softmax operator.
 
     Returns:
@@ -257,15 +259,10 @@ def explain(
             raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPERATORS)}")
         if query is None:
             raise ValueError("query: got None, expected a tensor that shows the problem")
-        width = query.shape[1]
-        op = Problem(
-            op,
-            query.dtype,
-            query.device.type,
-            width,
-            width if value is None else value.shape[1],
-            heads,
-        )
+        first = query if isinstance(query, torch.Tensor) else query[0]
+        last = first if value is None else value
+        last = last if isinstance(last, torch.Tensor) else last[0]
+        op = Problem(op, first.dtype, first.device.type, first.size(1), last.size(1), heads)
     return _explain(op, current_backend())
 
 

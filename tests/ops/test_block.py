@@ -190,6 +190,17 @@ def test_autocast(engine: str) -> None:
     assert all(map(torch.equal, outputs, expected))
 
 
+def test_inference_mode(engine: str) -> None:
+    features, weight, bias = TASKS.tensors(torch.float32)
+    expected = run(features, weight, bias, TASKS.schedule)
+    normal = [torch.empty(2, 18, 70) for _ in range(6)]
+    with torch.inference_mode():
+        new = run([x.clone() for x in features], weight, bias, TASKS.schedule)
+        run(features, weight, bias, TASKS.schedule, out=normal)
+    assert all(map(torch.equal, new, expected))
+    assert all(map(torch.equal, normal, expected))
+
+
 def wrong_arguments() -> list[Any]:
     features, weight, bias = TASKS.tensors(torch.float32)
     s = TASKS.schedule

@@ -270,6 +270,16 @@ def test_autocast(engine: str, core: Core, dtype: torch.dtype) -> None:
     assert results[0].dtype is dtype
 
 
+def test_compile_under_autocast(engine: str, core: Core) -> None:
+    x = [torch.randn(2, 8, 20) for _ in range(3)]
+    compiled = torch.compile(core.function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = compiled(*x)
+        torch.testing.assert_close(output, core.function(*x), rtol=1e-2, atol=1e-2)
+    assert output.dtype is torch.bfloat16
+    assert compiled(*x).dtype is torch.float32
+
+
 def test_autocast_does_not_reach_inside(engine: str, core: Core) -> None:
     # In float64, which autocast leaves alone, any cast inside would be seen.
     inputs = flat(CASE.tensors(torch.float64))
