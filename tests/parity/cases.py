@@ -27,6 +27,8 @@ TASKS = ("semseg", "depth", "normals", "edge", "sal")
 HEAD_CHANNELS = (36, 72, 144, 288)
 TOLERANCE = 1e-9
 """Relative L2 norm, per tensor."""
+ZERO = 1e-12
+"""Norm below which an expected tensor is zero but for rounding, and may differ in that."""
 
 
 def _uniform(seed: int, name: str, shape: Sequence[int], low: float, high: float) -> Tensor:
@@ -89,17 +91,31 @@ class Case:
         shape = (self.args["B"], self.args["C"], *self.args["hw"])
         return {t: self.tensor(f"features_{t}", shape) for t in TASKS[: self.args["nt"]]}
 
-    def check(self, name: str, actual: Tensor | None) -> None:
-        """Compare with the expected tensor `name`, or with its (sum, sum of squares)."""
-        assert actual is not None, f"{self.name}: {name} is None"
-        actual = actual.detach()
-        expected = self.expected.get(name)
-        if expected is None:
-            expected = self.expected["gradsum." + name.removeprefix("grad.")]
+    def is_misread(self, name: str) -> bool:
+        """Whether the stored gradient `name` is not the gradient of the loss.
+
+        With one sample, torch's CPU batch norm misread the gradient that reaches the keys (see
+        `op_by_op.with_plain_gradient`); what lies before the keys is stored with that fault.
+        """
+        before_keys = ("key_project", "grad.source", "grad.features_", "grad.param.upsample")
+        scales = tuple(f"grad.scale_{s}" for s in range(1, len(HEAD_CHANNELS)))
+        return self.args["B"] == 1 and any(
+            part in name for part in (*before_keys, *scales) if not name.startswith("after.")
+        )
+
+    def find(self, name: str) -> Tensor | None:
+        """The expected tensor `name`, or the (sum, sum of squares) stored in its place."""
+        return self.expected.get(name, self.expected.get("gradsum." + name.removeprefix("grad.")))
+
+    def error(self, name: str, actual: Tensor, expected: Tensor) -> float:
+        """Relative L2 distance; 0 if both are zero but for rounding."""
+        if actual.shape != expected.shape:
             actual = torch.stack([actual.sum(), actual.square().sum()])
-        assert actual.shape == expected.shape and actual.dtype == expected.dtype
-        error = (actual - expected).norm() / expected.norm().clamp_min(1e-300)
-        assert error <= TOLERANCE, f"{self.name}: {name} differs by {error:.2e} in relative L2"
+        assert actual.shape == expected.shape, name
+        assert actual.dtype == expected.dtype, name
+        if max(actual.norm(), expected.norm()) < ZERO:
+            return 0.0
+        return float((actual - expected).norm() / expected.norm())
 
 
 def names(prefix: str) -> list[str]:

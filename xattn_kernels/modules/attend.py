@@ -195,8 +195,8 @@ def _parameters(modules: Sequence[Projection], running: bool) -> list[Tensor]:
     parameters += [m.bn.weight for m in modules]
     parameters += [m.bn.bias for m in modules]
     if running:
-        parameters += [x for m in modules if (x := m.bn.running_mean) is not None]
-        parameters += [x for m in modules if (x := m.bn.running_var) is not None]
+        buffers = [m.bn.running_mean for m in modules] + [m.bn.running_var for m in modules]
+        parameters += [x for x in buffers if x is not None]
     return parameters
 
 

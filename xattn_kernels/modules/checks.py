@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,13 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Context without the autocast of the device of `x`, which was cast already."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def in_format_of(x: Tensor, like: Tensor) -> Tensor:

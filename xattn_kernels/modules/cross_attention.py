@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from xattn_kernels.modules.checks import (
     check_kind,
     check_width,
     in_format_of,
+    without_autocast,
 )
 from xattn_kernels.modules.layers import ProjectionSet
 
@@ -75,10 +75,9 @@ class CrossAttention(CacheOwner, ProjectionSet):
             [("target", target, widths), ("source", source, widths)], self.value_project.conv.weight
         )
         features = [cast_for_autocast(target), cast_for_autocast(source)]
-        device = target.device.type
         if not can_pack([self], features):
             return in_format_of(self._call_layers(*features), target)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(target):
             if self.kind == "linear" and is_inference([self], features):
                 [output] = attend_folded([self], _ONE_EDGE, features, self._cache, "block")
             else:

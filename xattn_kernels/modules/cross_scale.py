@@ -17,6 +17,7 @@ from xattn_kernels.modules.checks import (
     check_kind,
     check_width,
     in_format_of,
+    without_autocast,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
 from xattn_kernels.modules.layers import is_stock, sum_repeats
@@ -63,9 +64,7 @@ class _Scales(CacheOwner):
             (f"features[{s}]", x, width)
             for s, (x, width) in enumerate(zip(features, self.channels, strict=True))
         ]
-        check_features(
-            named, self.get_submodule("cross_scale_attention0").value_project.conv.weight
-        )
+        check_features(named, self._block(0).value_project.conv.weight)
 
     def _attend(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Attended maps [target][source - target - 1]."""
@@ -78,7 +77,6 @@ class _Scales(CacheOwner):
         block = self._block(t)
         names = [f"upsample{t + 1 + i}{t}" for i in range(len(sources))]
         adapters = [self.get_submodule(name) for name in names]
-        device = target.device.type
         inference = is_inference([block, *adapters], [target, *sources])
         if inference and is_stock(*adapters):
             adapted = [
@@ -91,7 +89,7 @@ class _Scales(CacheOwner):
         if not can_pack([block], cells):
             return [block(target, x) for x in adapted]
         wiring = self._wirings[t]
-        with torch.autocast(device, enabled=False):
+        with without_autocast(target):
             if inference and self.kind == "linear":
                 return attend_folded([block], wiring, cells, self._cache, f"block{t}")
             return attend([block], wiring, cells, self.kind, self.heads)
@@ -232,7 +230,7 @@ class CrossScaleHead(_Scales):
         ]
         compiling = torch.compiler.is_compiling()
         if not compiling and is_inference([self.last_layer], inputs):
-            with torch.autocast(cast[0].device.type, enabled=False):
+            with without_autocast(cast[0]):
                 return in_format_of(self._infer(inputs), features[0])
         first, norm, _, classifier = self.last_layer
         assert isinstance(first, nn.Conv2d)

@@ -19,6 +19,7 @@ from xattn_kernels.modules.checks import (
     check_names,
     check_width,
     in_format_of,
+    without_autocast,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
 from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
@@ -138,14 +139,13 @@ class CrossTaskAttention(CacheOwner):
         )
         cast = [cast_for_autocast(x) for x in sources]
         blocks = self._blocks()
-        device = sources[0].device.type
         stock = can_pack(blocks, cast) and is_stock(self.dimensionality_reduction)
         if stock and self.kind == "linear" and is_inference([self], cast):
-            with torch.autocast(device, enabled=False):
+            with without_autocast(sources[0]):
                 fused = self._infer(blocks, cast)
         else:
             if can_pack(blocks, cast):
-                with torch.autocast(device, enabled=False):
+                with without_autocast(sources[0]):
                     attended = attend(blocks, self._wiring, cast, self.kind, self.heads)
             else:
                 attended = [

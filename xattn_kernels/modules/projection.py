@@ -94,7 +94,10 @@ def project_cell(
         The second layers' outputs, then the values, each (B, C, H W) with a token's channels
         together and in the dtype of `x`; and the statistics of the first and the second layers.
     """
-    outputs = _ProjectCell.apply(x, layers, *parameters)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters)):
+        outputs = _ProjectCell.apply(x, layers, *parameters)  # type: ignore[no-untyped-call]
+    else:
+        outputs = _ProjectCell.forward(x, layers, *parameters)
     statistics = outputs[layers.first : layers.first + 4]
     return list(outputs[: layers.first]), Statistics(*statistics[:2]), Statistics(*statistics[2:])
 
@@ -247,18 +250,18 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 def _unpack(x: Tensor, layers: Layers, parameters: Sequence[Tensor]) -> tuple[_Layer, _Layer]:
     """Stack the parameters of the first and of the second layers in the compute dtype."""
     dtype = ACCUMULATORS[x.dtype]
-    remaining = iter(parameters)
+    end = layers.first * (3 if layers.batch else 5)
+    first = _unpack_layer(parameters[:end], layers.first, dtype)
+    return first, _unpack_layer(parameters[end:], layers.second, dtype)
 
-    def stack(count: int) -> Tensor:
-        return torch.stack([next(remaining) for _ in range(count)]).to(dtype)
 
-    def layer(count: int, batch: bool) -> _Layer:
-        weight, gamma, beta = stack(count).flatten(2), stack(count), stack(count)
-        running = None if batch else Statistics(stack(count), stack(count))
-        return _Layer(weight, gamma, beta, running)
-
-    first = layer(layers.first, layers.batch)
-    return first, layer(layers.second, layers.batch)
+def _unpack_layer(parameters: Sequence[Tensor], count: int, dtype: torch.dtype) -> _Layer:
+    stacked = [
+        torch.stack(list(parameters[start : start + count])).to(dtype)
+        for start in range(0, len(parameters), count)
+    ]
+    weight, gamma, beta, *running = stacked
+    return _Layer(weight.flatten(2), gamma, beta, Statistics(*running) if running else None)
 
 
 def _unpacked(back: _Backward, count: int, batch: bool, like: Tensor) -> list[Tensor | None]:

@@ -107,8 +107,12 @@ def join(x: Roles, y: Roles) -> Roles:
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """Tokens (M, C) as a channels_last image (1, C, M, 1)."""
-    return x.view(1, x.shape[0], 1, x.shape[1]).permute(0, 3, 1, 2)
+    """Tokens (M, C) as channels_last images, 16 of them if possible.
+
+    With a single thread torch leaves smaller batches to a convolution of half the speed.
+    """
+    images = 16 if x.shape[0] % 16 == 0 else 1
+    return x.view(images, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,8 +34,19 @@ class Projection(nn.Module):
         nn.init.xavier_uniform_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = self.bn(self.conv(x))
-        return normalised
+        return with_plain_gradient(self.bn(self.conv(x)))
+
+
+def with_plain_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient will be contiguous if it has one sample.
+
+    The gradient that a matrix product with a transposed factor gives back can have its channels
+    together and, for a single sample, an arbitrary batch stride. From that torch's CPU batch norm
+    (seen in 2.13) takes it for contiguous and computes wrong gradients, silently.
+    """
+    if x.shape[0] == 1 and x.requires_grad:
+        x.register_hook(torch.Tensor.contiguous)
+    return x
 
 
 class CrossAttention(nn.Module):
