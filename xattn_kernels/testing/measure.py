@@ -8,6 +8,7 @@ them, and nothing that was there before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -128,7 +129,7 @@ def peak_memory(call: Callable[[], Any]) -> PeakMemory:
 
     What an earlier call left with the allocator is given back first; what it keeps for good
     (thread pools, workspaces) counts as being there before. For a figure that hides nothing, call
-    this in a :func:`fresh_process`, after a warm-up that is small in every dimension.
+    this in a :func:`fresh_process`, after a warm-up that is small in every dimension that counts.
 
     Raises:
         RuntimeError: where /proc does not tell, that is, not on Linux.
@@ -166,6 +167,17 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return process.submit(function, *args).result()
 
 
+def resident_bytes() -> int:
+    """Resident set of this process, after what was freed has been given back.
+
+    Raises:
+        RuntimeError: where /proc does not tell, that is, not on Linux.
+    """
+    gc.collect()
+    _return_freed_memory()
+    return _kilobytes(_STATUS, "VmRSS")
+
+
 def available_bytes() -> int:
     """Memory that this process could still take, the limits of its control group included.
 
@@ -173,13 +185,12 @@ def available_bytes() -> int:
         RuntimeError: where /proc does not tell, that is, not on Linux.
     """
     limits = [_kilobytes(_MEMORY, "MemAvailable")]
-    try:
+    # No control group is an OSError; one without a limit says "max", a ValueError.
+    with contextlib.suppress(OSError, ValueError):
         limits.append(
             int((_CONTROL_GROUP / "memory.max").read_text())
             - int((_CONTROL_GROUP / "memory.current").read_text())
         )
-    except (OSError, ValueError):
-        pass  # no control group, or one without a limit ("max")
     return max(0, min(limits))
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory against the alternatives, side by side: ``python -m benchmarks``."""

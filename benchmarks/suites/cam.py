@@ -1,0 +1,150 @@
+"""The cross-attentions of one scale, T=4, 12 edges, inference: op by op, compiled, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import environment
+from benchmarks.checks import truths_in_one_order
+from benchmarks.core import Bar, Preset, Result, milliseconds, seconds_of
+from benchmarks.problems import SCALES, SCHEDULE, OpByOpSet, Scale
+from xattn_kernels.cost import MapSize, attention_cost
+from xattn_kernels.functional import cross_attention_block, pack_block_weights
+from xattn_kernels.ops import native
+from xattn_kernels.testing import compositions
+from xattn_kernels.testing.compare import check
+from xattn_kernels.testing.measure import interleaved
+
+OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "torch.compile", "fused", "fused bf16"
+VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs torch.compile", "bf16 vs fp32"
+
+Call = Callable[[], Any]
+
+
+def run(preset: Preset, say: Callable[[str], None]) -> Result:
+    """Check and time all scales."""
+    result = Result(
+        "CAM set: 12 edges, T=4, B=1, inference, NCHW",
+        ["scale", OP_BY_OP, COMPILED, FUSED, VS_OP_BY_OP, VS_COMPILED, "GFLOP/s", BF16, GAIN],
+        notes=[
+            "Times in ms: median ± half the interquartile range; every call allocates its outputs."
+        ],
+    )
+    missing = {
+        COMPILED: environment.compiler_error(),
+        BF16: _bf16_error(),
+    }
+    result.notes += [f"No {name}: {reason}." for name, reason in missing.items() if reason]
+    for number in SCALES:
+        scale = Scale(number)
+        say(f"scale {number}: checking")
+        calls = _calls(scale, [name for name, reason in missing.items() if reason is None], say)
+        say(f"scale {number}: timing")
+        timings = interleaved(
+            calls,
+            repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
+            min_sample_s=preset.sample_seconds,
+        )
+        medians = {name: timing.median for name, timing in timings.items()}
+        row: dict[str, Any] = {"scale": str(scale)}
+        row |= {name: milliseconds(timing) for name, timing in timings.items()}
+        row[VS_OP_BY_OP] = medians[OP_BY_OP] / medians[FUSED]
+        row["GFLOP/s"] = _flops(scale) / medians[FUSED] / 1e9
+        if COMPILED in medians:
+            row[VS_COMPILED] = medians[COMPILED] / medians[FUSED]
+        if BF16 in medians:
+            row[GAIN] = medians[FUSED] / medians[BF16]
+        result.rows.append(row)
+    result.bars = _bars(result.rows, missing)
+    return result
+
+
+def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> dict[str, Call]:
+    """What to time, by name, each accepted before it is returned."""
+    model, features = OpByOpSet(scale.width), scale.features()
+    weight, bias = model.folded()
+    calls: dict[str, Call] = {OP_BY_OP: torch.no_grad()(lambda: model(features))}
+    if COMPILED in wanted:
+        compiled: Any = torch.compile(model)
+        calls[COMPILED] = torch.no_grad()(lambda: compiled(features))
+    calls[FUSED] = _fused(features, weight, bias)
+
+    def by_module(xs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [x.flatten(2) for x in OpByOpSet(scale.width).to(xs[0].dtype)(xs)]
+
+    expected = truths_in_one_order(by_module, features, torch.float32)
+    for name, call in calls.items():
+        if name == COMPILED:
+            say(f"scale {scale.number}: compiling the op-by-op version")
+        for number, (x, truth) in enumerate(zip(call(), expected, strict=True)):
+            check(f"{name}, scale {scale.number}, edge {number}", x.flatten(2), truth)
+    if BF16 in wanted:
+        calls[BF16] = _bf16(scale, features, weight, bias)
+    return calls
+
+
+def _fused(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:
+    packed = pack_block_weights(weight, bias, features[0].dtype)
+    return lambda: cross_attention_block(features, weight, bias, SCHEDULE, packed=packed)
+
+
+def _bf16(scale: Scale, features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:
+    """The fused call on bf16 features, accepted by the rounding of bf16."""
+    rounded = [x.bfloat16() for x in features]
+    call = _fused(rounded, weight, bias)
+
+    def evaluate(xs: Sequence[Tensor]) -> list[Tensor]:
+        w, b = weight.to(xs[0].dtype), bias.to(xs[0].dtype)
+        return compositions.cross_attention_block([x.flatten(2) for x in xs], w, b, SCHEDULE)
+
+    expected = truths_in_one_order(evaluate, rounded, torch.bfloat16)
+    for number, (x, truth) in enumerate(zip(call(), expected, strict=True)):
+        check(f"{BF16}, scale {scale.number}, edge {number}", x.flatten(2), truth)
+    return call
+
+
+def _bars(rows: Sequence[dict[str, Any]], missing: dict[str, str | None]) -> list[Bar]:
+    by_op = [row[VS_OP_BY_OP] for row in rows]
+    compiled = [row[VS_COMPILED] for row in rows if VS_COMPILED in row]
+    gains = [row[GAIN] for row in rows if GAIN in row]
+    no_compile, no_bf16 = missing[COMPILED] or "", missing[BF16] or ""
+    return [
+        Bar("CAM set, op by op / fused, geometric mean", 2.0, ">=", geometric_mean(by_op), "x"),
+        Bar(
+            "CAM set, torch.compile / fused, geometric mean",
+            1.5,
+            ">=",
+            geometric_mean(compiled) if compiled else None,
+            "x",
+            no_compile,
+        ),
+        Bar("CAM set, op by op / fused at scale 0", 4.0, ">=", by_op[0], "x"),
+        Bar("CAM set, smallest gain over either", 1.1, ">=", min(by_op + compiled), "x"),
+        Bar(
+            "CAM set, fused fp32 / fused bf16, geometric mean",
+            2.0,
+            ">=",
+            geometric_mean(gains) if gains else None,
+            "x",
+            no_bf16,
+        ),
+    ]
+
+
+def _bf16_error() -> str | None:
+    if native.load_error() is not None:
+        return "the native module is not there"
+    isa = native.core().cpu_info()["isa"]
+    return None if "bf16" in isa else f"this CPU has no bf16 dot products ({isa})"
+
+
+def _flops(scale: Scale) -> int:
+    height, width = scale.shape
+    sizes = [MapSize(height * width, scale.width)] * SCHEDULE.num_sources
+    return attention_cost(SCHEDULE, sizes).linear_flops
