@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -86,9 +87,9 @@ class CrossAttention(CacheOwner, ProjectionSet):
 
     def _call_layers(self, target: Tensor, source: Tensor) -> Tensor:
         """The same with every layer called, for layers that are not the stock ones."""
-        query = self.query_project[1](F.relu(self.query_project[0](target)))
-        key = self.key_project[1](F.relu(self.key_project[0](source)))
-        value = F.relu(self.value_project(source))
+        query = _plain_gradient(self.query_project[1](F.relu(self.query_project[0](target))))
+        key = _plain_gradient(self.key_project[1](F.relu(self.key_project[0](source))))
+        value = _plain_gradient(F.relu(self.value_project(source)))
         output: Tensor
         if self.kind == "linear":
             output = functional.linear_cross_attention(query, key, value)
@@ -98,3 +99,14 @@ class CrossAttention(CacheOwner, ProjectionSet):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kind={self.kind!r}, heads={self.heads}"
+
+
+def _plain_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient will be contiguous if it has one sample.
+
+    A gradient of one sample whose channels lie together may have any batch stride; torch's CPU
+    batch norm then takes it for contiguous and computes wrong gradients, silently.
+    """
+    if x.shape[0] == 1 and x.requires_grad and not torch.compiler.is_compiling():
+        x.register_hook(torch.Tensor.contiguous)
+    return x

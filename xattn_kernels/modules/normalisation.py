@@ -70,15 +70,13 @@ def update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
     """
     if not (bn.training and bn.track_running_stats):
         return
-    factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            factor = 1 / bn.num_batches_tracked
+    count = bn.num_batches_tracked
+    if count is not None:
+        count.add_(1)
     for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
-        if running is not None:
-            running.lerp_(new.to(running.dtype), _weight(factor, running))
-
-
-def _weight(factor: float | Tensor, running: Tensor) -> float | Tensor:
-    return factor.to(running.dtype) if isinstance(factor, Tensor) else factor
+        if running is None:
+            continue
+        factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+        if bn.momentum is None and count is not None:
+            factor = count.to(running.dtype).reciprocal()  # of all batches alike
+        running.lerp_(new.to(running.dtype), factor)

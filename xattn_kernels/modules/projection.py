@@ -108,9 +108,13 @@ class _ProjectCell(torch.autograd.Function):
         first, second = _unpack(x, layers, parameters)
         tokens = _tokens(x)
         moments = _Moments(tokens.new_zeros(tokens.shape[1]), tokens.new_empty(0))
+        correction = torch.zeros_like(moments.mean)
         if layers.batch:
+            # Twice: where the mean is large, the first has the rounding error of large numbers.
             mean = tokens.mean(dim=0)
             tokens = tokens - mean
+            correction = tokens.mean(dim=0)
+            tokens = tokens - correction
             product = roles.outer(tokens.unsqueeze(0), tokens)[0]
             moments = _Moments(mean, product / tokens.shape[0])
         statistics = _statistics(first, moments)
@@ -135,6 +139,7 @@ class _ProjectCell(torch.autograd.Function):
             *hidden_statistics,
             *moments,
             *hidden_moments,
+            correction,
         )
 
     @staticmethod
@@ -154,8 +159,9 @@ class _ProjectCell(torch.autograd.Function):
         values, saved = saved[:count], saved[count:]
         statistics, hidden_statistics = Statistics(*saved[:2]), Statistics(*saved[2:4])
         moments, hidden_moments = _Moments(*saved[4:6]), _Moments(*saved[6:8])
-        first, second = _unpack(x, layers, saved[8:])
-        tokens = _tokens(x) - moments.mean
+        correction = saved[8]
+        first, second = _unpack(x, layers, saved[9:])
+        tokens = _tokens(x) - moments.mean - correction
         folded = _fold(first, moments.mean, statistics, layers.eps)
         part = slice(0, layers.second)
         hidden = roles.relu_(roles.linear(tokens, folded.weight[part], folded.bias[part]))
@@ -190,8 +196,8 @@ class _ProjectCell(torch.autograd.Function):
         return (
             gradient_x,
             None,
-            *_unpacked(back_first, layers.first, layers.batch, saved[8]),
-            *_unpacked(back, layers.second, layers.batch, saved[8]),
+            *_unpacked(back_first, layers.first, layers.batch, saved[9]),
+            *_unpacked(back, layers.second, layers.batch, saved[9]),
         )
 
 
