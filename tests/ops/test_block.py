@@ -271,7 +271,7 @@ def wrong_arguments() -> list[Any]:
         ),
         "outs overlap": (
             ValueError,
-            r"out\[5\]: shares memory with out\[4\]",
+            r"out\[4\]: shares memory with out\[5\]",
             (features, weight, bias, s),
             {"out": [*new[:4], shared[:, :, :70], shared[:, :, 5:]]},
         ),

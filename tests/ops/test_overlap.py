@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xattn_kernels.ops.overlap import may_overlap, overlaps_itself
+from xattn_kernels.ops.overlap import first_overlap, may_overlap, overlaps_itself
 
 MEMORY = torch.zeros(4096)
 
@@ -35,6 +35,20 @@ def test_within_a_tensor(x: Tensor) -> None:
 @given(views, views)
 def test_between_tensors(x: Tensor, y: Tensor) -> None:
     assert may_overlap(x, y) == bool(set(addresses(x)) & set(addresses(y)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(views, max_size=5), st.lists(views, max_size=3))
+def test_among_tensors(outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    together = [*outputs, *inputs]
+    wrong = {(i, i) for i, x in enumerate(outputs) if overlaps_itself(x)} | {
+        (i, j)
+        for i, x in enumerate(outputs)
+        for j, y in enumerate(together)
+        if i < j and may_overlap(x, y)
+    }
+    found = first_overlap(outputs, inputs)
+    assert (found in wrong) if wrong else found is None
 
 
 def test_slices_of_a_consumers_buffer() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from xattn_kernels.ops.features import (
     flatten,
     new_output,
 )
-from xattn_kernels.ops.overlap import may_overlap, overlaps_itself
+from xattn_kernels.ops.overlap import first_overlap
 from xattn_kernels.schedule import Schedule
 
 
@@ -52,7 +51,7 @@ def check_block_inputs(
         slots = cast_for_autocast(slots, device)
         first = slots[0]
     spatial = [x.shape[2:] for x in slots]
-    slots = flatten("features", slots, first)
+    (slots,) = flatten(("features",), (slots,), first)
     for slot, x in enumerate(slots):
         if x.size(1) != first.size(1):
             raise ValueError(
@@ -170,11 +169,11 @@ def block_outputs(
 
 
 def _check_memory(outputs: list[Tensor], inputs: list[Tensor]) -> None:
-    for slot, x in enumerate(outputs):
-        if overlaps_itself(x):
-            raise ValueError(f"out[{slot}]: got strides {x.stride()} whose elements share memory")
-        if any(may_overlap(x, y) for y in inputs):
-            raise ValueError(f"out[{slot}]: shares memory with an input, expected its own")
-    for (i, x), (j, y) in combinations(enumerate(outputs), 2):
-        if may_overlap(x, y):
-            raise ValueError(f"out[{j}]: shares memory with out[{i}], expected its own")
+    overlap = first_overlap(outputs, inputs)
+    if overlap is None:
+        return
+    i, j = overlap
+    if i == j:
+        raise ValueError(f"out[{i}]: got strides {outputs[i].stride()}: its elements share memory")
+    other = f"out[{j}]" if j < len(outputs) else "an input"
+    raise ValueError(f"out[{i}]: shares memory with {other}, expected its own")

@@ -54,10 +54,13 @@ def check_first(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got {describe(x)}, expected shape (B, C, N) or (B, C, H, W)")
 
 
-def flatten(name: str, features: list[Tensor], first: Tensor) -> list[Tensor]:
-    """Check each slot against the first tensor of all and return the slots as (B, C, N).
+def flatten(
+    names: Sequence[str], slots: Sequence[list[Tensor]], first: Tensor
+) -> list[list[Tensor]]:
+    """Check the slots of each argument against the first tensor of all; return them as (B, C, N).
 
-    A 4-D tensor is copied only when its two spatial dimensions have no common stride.
+    A list without 4-D tensors is returned itself. A 4-D tensor is copied only when its two spatial
+    dimensions have no common stride.
 
     Raises:
         TypeError: for anything but strided tensors of the dtype of ``first``.
@@ -65,23 +68,23 @@ def flatten(name: str, features: list[Tensor], first: Tensor) -> list[Tensor]:
             shapes.
     """
     dtype, device, batch = first.dtype, first.device, first.size(0)
-    copy = None
-    for slot, x in enumerate(features):
-        if (
-            not isinstance(x, Tensor)
-            or x.dtype is not dtype
-            or x.layout is not torch.strided
-            or x.device != device
-            or (dims := x.dim()) not in (3, 4)
-            or x.size(0) != batch
-            or x.size(1) == 0
-        ):
-            _reject(f"{name}[{slot}]", x, first)
-        if dims == 4:
-            if copy is None:
-                copy = list(features)
-            copy[slot] = x.flatten(2)
-    return copy or features
+    flat = []
+    for argument in slots:
+        images = False
+        for x in argument:
+            if (
+                not isinstance(x, Tensor)
+                or x.dtype is not dtype
+                or x.layout is not torch.strided
+                or x.device != device
+                or (dims := x.dim()) not in (3, 4)
+                or x.size(0) != batch
+                or x.size(1) == 0
+            ):
+                _reject(names, slots, first)
+            images = images or dims == 4
+        flat.append([x.flatten(2) for x in argument] if images else argument)
+    return flat
 
 
 def cast_for_autocast(features: list[Tensor], device: str) -> list[Tensor]:
@@ -104,8 +107,16 @@ def new_output(query: Tensor, channels: int) -> Tensor:
     """An uninitialised (B, channels, N) output for ``query``, in its memory format."""
     batch, _, tokens = query.shape
     if is_token_major(query):
-        return query.new_empty((batch, tokens, channels)).transpose(1, 2)
-    return query.new_empty((batch, channels, tokens))
+        return query.new_empty(batch, tokens, channels).transpose(1, 2)
+    return query.new_empty(batch, channels, tokens)
+
+
+def new_state(query: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor of the type in which ``query`` is accumulated."""
+    dtype = ACCUMULATORS[query.dtype]
+    if dtype is query.dtype:  # a third faster
+        return query.new_empty(*shape)
+    return query.new_empty(shape, dtype=dtype)
 
 
 def in_format_of(query: Tensor, output: Tensor) -> Tensor:
@@ -135,7 +146,13 @@ def describe(x: object) -> str:
     return f"a{layout} {dtype} tensor of shape {tuple(x.shape)} on {x.device}"
 
 
-def _reject(name: str, x: object, first: Tensor) -> None:
+def _reject(names: Sequence[str], slots: Sequence[list[Tensor]], first: Tensor) -> None:
+    for name, argument in zip(names, slots, strict=True):
+        for slot, x in enumerate(argument):
+            _check(f"{name}[{slot}]", x, first)
+
+
+def _check(name: str, x: object, first: Tensor) -> None:
     got = f"{name}: got {describe(x)}, expected"
     if not isinstance(x, Tensor):
         raise TypeError(f"{got} a Tensor")
@@ -150,4 +167,5 @@ def _reject(name: str, x: object, first: Tensor) -> None:
         raise ValueError(f"{got} shape (B, C, N) or (B, C, H, W)")
     if x.size(0) != first.size(0):
         raise ValueError(f"{got} batch size {first.size(0)} as the first tensor has")
-    raise ValueError(f"{got} at least one channel")
+    if x.size(1) == 0:
+        raise ValueError(f"{got} at least one channel")

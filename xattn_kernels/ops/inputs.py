@@ -19,6 +19,7 @@ from xattn_kernels.ops.features import (
 from xattn_kernels.registry import Problem, select
 from xattn_kernels.schedule import Schedule
 
+_NAMES = ("query", "key", "value")
 #: For speed: what a single query, source and output need. Not to be changed.
 _ONE_EDGE = [0, 0, 0]
 
@@ -157,9 +158,7 @@ def check_inputs(
         queries, keys, values = (cast_for_autocast(x, device) for x in (queries, keys, values))
         first = queries[0]
     given = queries
-    queries = flatten("query", queries, first)
-    keys = flatten("key", keys, first)
-    values = flatten("value", values, first)
+    queries, keys, values = flatten(_NAMES, (queries, keys, values), first)
     if schedule is None:
         if not len(queries) == len(keys) == len(values):
             raise ValueError(
@@ -167,11 +166,8 @@ def check_inputs(
                 "expected as many of each where there is no schedule"
             )
     else:
-        for name, slots, count in (
-            ("query", queries, schedule.num_queries),
-            ("key", keys, schedule.num_sources),
-            ("value", values, schedule.num_sources),
-        ):
+        counts = (schedule.num_queries, schedule.num_sources, schedule.num_sources)
+        for name, slots, count in zip(_NAMES, (queries, keys, values), counts, strict=True):
             if len(slots) != count:
                 raise ValueError(f"{name}: got {len(slots)} slots, the schedule has {count}")
     for k, v in zip(keys, values, strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.ops import library
-from xattn_kernels.ops.features import ACCUMULATORS, group_by_output, new_output
+from xattn_kernels.ops.features import group_by_output, new_output, new_state
 
 OP = "linear_cross_attention"
 
@@ -28,10 +28,8 @@ def allocate(query: Sequence[Tensor], value: Sequence[Tensor], edges: Sequence[i
     batch, channels, _ = query[0].shape
     value_channels = value[0].size(1)
     outputs = [new_output(query[q], value_channels) for q, _ in group_by_output(edges)]
-    accumulator = ACCUMULATORS[query[0].dtype]
-    state_s = query[0].new_empty((len(outputs), batch, value_channels, channels), dtype=accumulator)
-    state_z = query[0].new_empty((len(outputs), batch, channels), dtype=accumulator)
-    return outputs, state_s, state_z
+    state_s = new_state(query[0], len(outputs), batch, value_channels, channels)
+    return outputs, state_s, new_state(query[0], len(outputs), batch, channels)
 
 
 def allocate_gradients(
@@ -72,8 +70,8 @@ def _autograd(
     eps: float,
     engine: str,
 ) -> Result:
-    options = (edges, feature_map, eps, engine)
     if library.needs_gradient(query, key, value, (state_s, state_z)):
+        options = (edges, feature_map, eps, engine)
         slots = (*query, *key, *value)
         results = _apply(len(query), len(key), options, *slots, state_s, state_z)
         return list(results[:-2]), results[-2], results[-1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.ops import library
-from xattn_kernels.ops.features import ACCUMULATORS, group_by_output, new_output
+from xattn_kernels.ops.features import group_by_output, new_output, new_state
 
 OP = "softmax_cross_attention"
 
@@ -29,8 +29,7 @@ def allocate(
     """Uninitialised outputs (B, Cv, N) and log-sum-exps (B, heads, N)."""
     queries = [query[q] for q, _ in group_by_output(edges)]
     outputs = [new_output(x, value[0].size(1)) for x in queries]
-    dtype = ACCUMULATORS[query[0].dtype]
-    return outputs, [x.new_empty((x.size(0), heads, x.size(2)), dtype=dtype) for x in queries]
+    return outputs, [new_state(x, x.size(0), heads, x.size(2)) for x in queries]
 
 
 def allocate_gradients(slots: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
