@@ -47,6 +47,15 @@ def test_text_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_torchvision_without_its_operators() -> None:
+    facts = info.collect()
+    facts["packages"]["torchvision"] = "0.28.0"
+    facts["torchvision_ops_error"] = "_C.so of torchvision does not load"
+    assert "torchvision.ops cannot be used" in info.to_text(facts)
+    facts["torchvision_ops_error"] = None
+    assert "torchvision.ops" not in info.to_text(facts)
+
+
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "_build.json"
@@ -76,7 +85,7 @@ def test_without_native_modules(record: Path, monkeypatch: pytest.MonkeyPatch) -
     facts = info.collect()
     assert facts["build"] is None
     assert facts["cpu"]["native"] is None
-    assert "no native module was built here" in info.to_text(facts)
+    assert "no record of a native build" in info.to_text(facts)
 
 
 def test_corrupt_record(record: Path) -> None:

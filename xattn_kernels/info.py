@@ -13,6 +13,7 @@ import torch
 
 from xattn_kernels import registry
 from xattn_kernels._version import __version__
+from xattn_kernels.compat import torchvision_ops_error
 from xattn_kernels.ops import native
 
 #: Written by the build beside the native modules.
@@ -51,6 +52,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _package_version(name) for name in PACKAGES},
+        "torchvision_ops_error": torchvision_ops_error(),
         "engines": [
             {"name": engine.name, "available": engine.available, "reason": engine.reason}
             for engine in registry.list_backends()
@@ -74,6 +76,7 @@ def to_text(facts: dict[str, Any]) -> str:
         f"xattn_kernels {facts['version']}",
         f"  Python {facts['python']} on {facts['platform']}",
         f"  {', '.join(versions)}",
+        *_torchvision_lines(facts),
         "",
         'Engines, in the order in which "auto" tries them',
     ]
@@ -83,6 +86,13 @@ def to_text(facts: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", *_cpu_lines(facts), "", *_gpu_lines(facts), "", *_build_lines(facts)]
     )
+
+
+def _torchvision_lines(facts: dict[str, Any]) -> list[str]:
+    error = facts["torchvision_ops_error"]
+    if facts["packages"]["torchvision"] is None or error is None:
+        return []
+    return [f"  torchvision.ops cannot be used, xattn_models goes without: {error}"]
 
 
 def _cpu_lines(facts: dict[str, Any]) -> list[str]:
@@ -118,7 +128,7 @@ def _gpu_lines(facts: dict[str, Any]) -> list[str]:
 def _build_lines(facts: dict[str, Any]) -> list[str]:
     build = facts["build"]
     if build is None:
-        return ["Build", f"  {facts['build_error'] or 'no native module was built here'}"]
+        return ["Build", f"  {facts['build_error'] or 'no record of a native build'}"]
     cuda = build["cuda"]
     lines = [
         "Build",
