@@ -7,7 +7,9 @@
 // Limits: columns of B and C are read and written in whole vectors, so buffers are padded to them.
 #pragma once
 
-#include "simd.h"
+#include <type_traits>
+
+#include "math.h"
 
 namespace xattn {
 namespace XATTN_ISA {
@@ -20,12 +22,14 @@ struct Float32 {
   using Real = float;
   static constexpr int kDepth = 1;
   static Vec<Real> multiply_add(Vec<Real> sum, Vec<Unit> a, Vec<Unit> b) { return sum + a * b; }
+  static Vec<Real> softplus(Vec<Real> x) { return XATTN_ISA::softplus(x); }
 };
 struct Float64 {
   using Unit = double;
   using Real = double;
   static constexpr int kDepth = 1;
   static Vec<Real> multiply_add(Vec<Real> sum, Vec<Unit> a, Vec<Unit> b) { return sum + a * b; }
+  static Vec<Real> softplus(Vec<Real> x) { return XATTN_ISA::softplus(x); }
 };
 
 #if defined(__AVX512BF16__)
@@ -38,17 +42,15 @@ struct BFloat16Pair {
   static Vec<Real> multiply_add(Vec<Real> sum, Vec<Unit> a, Vec<Unit> b) {
     return (Vec<Real>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
+  static Vec<Real> softplus(Vec<Real> x) { return softplus_for_bfloat16(x); }
 };
-// bfloat16 of two vectors, one after the other.
-inline Vec<uint32_t> round_pair(Vec<float> first, Vec<float> second) {
-  return (Vec<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-}
 // bfloat16 of two vectors, interleaved.
 inline Vec<uint32_t> make_pairs(Vec<float> even, Vec<float> odd) {
   const __m512i interleave = (__m512i)(
       Vec<uint16_t>{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-  return (Vec<uint32_t>)_mm512_permutexvar_epi16(interleave, (__m512i)round_pair(even, odd));
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (Vec<uint32_t>)_mm512_permutexvar_epi16(interleave, both);
 }
 #endif
 
@@ -64,6 +66,12 @@ template <class Op>
 constexpr int kRows = kPanel<Op> % 4 == 0 ? 4 : 2;
 #endif
 
+enum class Activation { kNone, kRelu, kSoftplus };
+
+// What is written: the sums; the sums added to what is there; or the activated sums as units, of which
+// bfloat16 has pairs of rows (to be summed over rows) or pairs of columns.
+enum class Output { kReal, kAccumulate, kUnits, kColumnUnits };
+
 template <class Op>
 struct Product {
   using Unit = typename Op::Unit;
@@ -72,11 +80,9 @@ struct Product {
   Panels<const Unit> a, b;
   const Real* row_bias = nullptr;     // m values
   const Real* column_bias = nullptr;  // n values
-  bool relu = false;
+  Activation activation = Activation::kNone;
   ptrdiff_t a_column = 1;  // kAccumulate: elements between columns of A, so that A may be m-major
 };
-
-enum class Output { kReal, kAccumulate, kUnits };
 
 template <class Op, Output kOutput, int kM, int kV, class Element>
 __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, int64_t k1, int64_t m, int64_t n,
@@ -115,28 +121,43 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
     }
   }
   const Vec<Real> zero{};
-  if (p.relu) {
+  if constexpr (kOutput == Output::kUnits || kOutput == Output::kColumnUnits) {
+    if (p.activation == Activation::kRelu) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kM; ++i) {
+      for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) sum[i][v] = at_least(zero, sum[i][v]);
+        for (int v = 0; v < kV; ++v) sum[i][v] = at_least(zero, sum[i][v]);
+      }
+    } else if (p.activation == Activation::kSoftplus) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) sum[i][v] = Op::softplus(sum[i][v]);
+      }
     }
   }
-  if constexpr (kOutput == Output::kUnits && Op::kDepth == 2) {
 #ifdef XATTN_HAVE_BFLOAT16_DOT
+  if constexpr (kOutput == Output::kUnits && Op::kDepth == 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < kM; i += 2) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) {
-        if constexpr (kM == 1) {
-          store(c + v * kW, make_pairs(sum[i][v], zero));
-        } else {
-          store(c + i / 2 * c_row + v * kW, make_pairs(sum[i][v], sum[i + 1][v]));
-        }
-      }
+      for (int v = 0; v < kV; ++v)
+        store(c + i / 2 * c_row + v * kW, make_pairs(sum[i][v], kM == 1 ? zero : sum[(i + 1) % kM][v]));
     }
+    return;
+  }
+  if constexpr (kOutput == Output::kColumnUnits && Op::kDepth == 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + i * c_row + v * kW / 2),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)sum[i][v]));
+    }
+    return;
+  }
 #endif
-  } else {
+  if constexpr (std::is_same_v<Element, Real>) {
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4

@@ -61,14 +61,14 @@ inline Vec<double> exp2_weight(Vec<double> x) {
   return x;
 }
 
-inline Vec<float> absolute(Vec<float> x) { return (Vec<float>)((IntVec)x & 0x7FFFFFFF); }
+inline Vec<float> negative_magnitude(Vec<float> x) { return (Vec<float>)((IntVec)x | INT32_MIN); }
 
 // softplus(x) = max(x, 0) + log1p(exp(-|x|)). PyTorch returns x above 20; in float that is the same
 // number.
 inline Vec<float> softplus(Vec<float> x) {
   constexpr float kLog1p[] = {0.9999999699f, -0.4999949312f, 0.3331909636f,  -0.2484297921f, 0.1910599684f,
                               -0.1366322785f, 0.07822577122f, -0.02950514385f, 0.005232674001f};
-  Vec<float> t = exp_negative(-absolute(x));
+  Vec<float> t = exp_negative(negative_magnitude(x));
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
 }
 inline Vec<double> softplus(Vec<double> x) {
@@ -80,8 +80,8 @@ inline Vec<double> softplus(Vec<double> x) {
 inline Vec<float> softplus_for_bfloat16(Vec<float> x) {
   constexpr float kExp2[] = {0.9999280732f, 0.6932609842f, 0.2426111243f, 0.0551716748f};
   constexpr float kLog1p[] = {0.9999432782f, -0.4969778104f, 0.3063009536f, -0.1574272444f, 0.04134732015f};
-  const float magic = 12582912.0f, log2e = -1.44269504f;
-  const Vec<float> a = -at_least(splat(-87.0f), -absolute(x));
+  const float magic = 12582912.0f, log2e = 1.44269504f;
+  const Vec<float> a = at_least(splat(-87.0f), negative_magnitude(x));
   const Vec<float> n = (a * log2e + magic) - magic;
   const Vec<float> t = scale_by_normal_power(polynomial(kExp2, a * log2e - n), n);
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
@@ -89,7 +89,7 @@ inline Vec<float> softplus_for_bfloat16(Vec<float> x) {
 
 // d softplus / dx = sigmoid(x), 1 above PyTorch's threshold.
 inline Vec<float> softplus_derivative(Vec<float> x) {
-  Vec<float> t = exp_negative(-absolute(x));
+  Vec<float> t = exp_negative(negative_magnitude(x));
   Vec<float> numerator = x < 0 ? t : splat(1.0f);
   return numerator / (1.0f + t);
 }

@@ -21,7 +21,7 @@ namespace {
 
 enum Projection : int { kQuery1, kQuery2, kKey1, kKey2, kValue, kProjections };
 
-constexpr int64_t kTileBytes = 96 * 1024;   // of one matrix of a tile
+constexpr int64_t kTileBytes = 128 * 1024;  // of one matrix of a tile
 constexpr int64_t kEnoughTasks = 32;        // below this many, edges of a source become tasks of their own
 constexpr int64_t kLayoutHeader = 64;       // bytes before the packed weights, holding their layout's number
 
@@ -86,15 +86,6 @@ void pack(int64_t channels, int64_t weights, const void* weight_data, const void
   }
 }
 
-template <class Op>
-Vec<typename Op::Real> activation(Vec<typename Op::Real> x) {
-  if constexpr (Op::kDepth == 2) {
-    return softplus_for_bfloat16(x);
-  } else {
-    return softplus(x);
-  }
-}
-
 // Channels of a token tile as the k-major operand of the projections.
 template <class Op>
 void load_features(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, int64_t channels,
@@ -126,7 +117,7 @@ void load_features(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t 
   }
 }
 
-// Length of a channel's row of keys: the vectors of a unit's depth together.
+// Length of a channel's row of keys, in reals: whole vectors of units.
 template <class Op>
 int64_t token_row(int64_t tokens) {
   return round_up(tokens, kLanes<typename Op::Real> * Op::kDepth);
@@ -136,16 +127,14 @@ template <class Op>
 struct Buffers {
   using Unit = typename Op::Unit;
   using Real = typename Op::Real;
-  Unit *x, *hidden, *operand, *value;
-  Real *real, *result, *denominator;
+  Unit *x, *hidden, *activated, *value;  // features, first layer, keys or queries, values
+  Real *result, *denominator;
   Buffers(Arena& arena, int64_t tokens, int64_t channels) {
-    const int64_t rows = round_up(tokens, kPanel<Op>), row = max64(row_length<Op>(channels), channels);
-    x = arena.take<Unit>(rows * ceil_div(channels, Op::kDepth));
-    hidden = arena.take<Unit>(rows * ceil_div(channels, Op::kDepth));
-    real = arena.take<Real>(token_row<Op>(rows) * channels);
-    // Activated keys or queries as an operand: where units are single reals, the reals themselves.
-    operand = Op::kDepth == 1 ? reinterpret_cast<Unit*>(real) : arena.take<Unit>(token_row<Op>(rows) * ceil_div(channels, Op::kDepth));
-    value = arena.take<Unit>(rows / Op::kDepth * row);
+    const int64_t rows = round_up(tokens, kPanel<Op>), depth = ceil_div(channels, Op::kDepth);
+    x = arena.take<Unit>(rows * depth);
+    hidden = arena.take<Unit>(rows * depth);
+    activated = arena.take<Unit>(max64(token_row<Op>(rows) / Op::kDepth * channels, rows * depth));
+    value = arena.take<Unit>(rows / Op::kDepth * max64(row_length<Op>(channels), channels));
     // The target pass has no values; where they are as large as its result, that takes their room.
     result = Op::kDepth == 1 ? reinterpret_cast<Real*>(value) : arena.take<Real>(rows * channels);
     denominator = arena.take<Real>(rows);
@@ -201,7 +190,7 @@ class Block {
         weights_{problem.channels},
         row_(row_length<Op>(problem.channels)),
         state_size_(round_up(problem.channels * row_ + row_, 16)),
-        tile_(tile_tokens<Op>(problem.channels, kTileBytes)),
+        tile_(tile_tokens<Op>(problem.channels, Op::kDepth * kTileBytes)),
         tile_bytes_(round_up(static_cast<int64_t>(bytes_of<Buffers<Op>>(tile_, problem.channels)), 64)),
         plan_memory_(bytes_of<Plan>(problem.edges.all.size, problem.features.size, problem.outputs.size)),
         tiles_(static_cast<size_t>(tile_bytes_ * max64(threads, 1))),
@@ -290,72 +279,44 @@ class Block {
         Real* state = partial(i, piece.row, piece.part);
         multiply<Op, Output::kUnits>(project(set, kKey1, x, count), hidden);
         // Keys as plain rows of tokens, which the state's product broadcasts.
-        multiply<Op, Output::kReal>(project(set, kKey2, hidden, count), Panels<Real>{t.real, token_row<Op>(tile_), kPanel<Op>});
-        activate_keys(t, count, state + C * row_);
+        const ptrdiff_t key_row = token_row<Op>(tile_) / Op::kDepth;
+        multiply<Op, Output::kColumnUnits>(project(set, kKey2, hidden, count),
+                                           Panels<Unit>{t.activated, key_row, kPanel<Op> / Op::kDepth});
+        sum_keys(t, count, state + C * row_);
         Product<Op> values{count, C, depth, constant(x), weights_.matrix(set, kValue)};
         values.column_bias = weights_.bias(set, kValue);
-        values.relu = true;
+        values.activation = Activation::kRelu;
         multiply<Op, Output::kUnits>(values, value);
-        const ptrdiff_t key_row = token_row<Op>(tile_) / Op::kDepth;
-        Product<Op> sum{C, C, ceil_div(count, Op::kDepth), {t.operand, 1, kPanel<Op> * key_row}, constant(value)};
+        Product<Op> sum{C, C, ceil_div(count, Op::kDepth), {t.activated, 1, kPanel<Op> * key_row}, constant(value)};
         sum.a_column = key_row;
         multiply<Op, Output::kAccumulate>(sum, row_major<Op>(state, C));
       }
     }
   }
-  // A projection with tokens along the vectors; relu follows the first of two.
+
+  // A projection with tokens along the vectors: the first of two ends in relu, the second in softplus.
   Product<Op> project(const char* set, int projection, Panels<Unit> x, int64_t count) const {
     Product<Op> product{p_.channels, count, weights_.depth(), weights_.matrix(set, projection), constant(x)};
     product.row_bias = weights_.bias(set, projection);
-    product.relu = projection == kKey1 || projection == kQuery1;
+    const bool first = projection == kKey1 || projection == kQuery1;
+    product.activation = first ? Activation::kRelu : Activation::kSoftplus;
     return product;
   }
 
-  // softplus of the keys in t.real, as operand; z += their sum over tokens.
-  void activate_keys(const Buffers<Op>& t, int64_t count, Real* z) const {
-    constexpr int64_t kW = kLanes<Real>, kStep = kW * Op::kDepth;
-    const int64_t length = token_row<Op>(tile_);
+  // z += sum of the keys over tokens; what lies behind the last token becomes zero.
+  void sum_keys(const Buffers<Op>& t, int64_t count, Real* z) const {
+    constexpr int64_t kW = kLanes<Real>;
+    const int64_t length = token_row<Op>(tile_) / Op::kDepth;
+    const Real ones[2] = {1, 1};
+    const Vec<Unit> one = splat(make_unit<Op>(ones));
     for (int64_t c = 0; c < p_.channels; ++c) {
-      Real* row = t.real + c * length;
-      for (int64_t n = count; n < round_up(count, kStep); ++n) row[n] = -static_cast<Real>(INFINITY);  // softplus: 0
+      Unit* row = t.activated + c * length;
+      const size_t element = sizeof(Unit) / Op::kDepth, end = static_cast<size_t>(round_up(count, kW * Op::kDepth));
+      std::memset(reinterpret_cast<char*>(row) + static_cast<size_t>(count) * element, 0,
+                  (end - static_cast<size_t>(count)) * element);
       Vec<Real> sum{};
-      for (int64_t n = 0; n < count; n += kStep) {
-        const Vec<Real> k = activation<Op>(load(row + n));
-        sum += k;
-        if constexpr (Op::kDepth == 1) {
-          store(row + n, k);
-        } else {
-#ifdef XATTN_HAVE_BFLOAT16_DOT
-          const Vec<Real> next = activation<Op>(load(row + n + kW));
-          sum += next;
-          store(t.operand + c * length / 2 + n / 2, round_pair(k, next));
-#endif
-        }
-      }
+      for (int64_t n = 0; n < ceil_div(count, Op::kDepth); n += kW) sum = Op::multiply_add(sum, one, load(row + n));
       for (int i = 0; i < kW; ++i) z[c] += sum[i];
-    }
-  }
-
-  // softplus of the queries in t.real (panels), as operand.
-  void activate_queries(const Buffers<Op>& t, int64_t count) const {
-    const int64_t C = p_.channels, width = kPanel<Op>;
-    for (int64_t n = 0; n < count; n += width) {
-      Real* panel = t.real + n * C;
-      const int64_t lanes = round_up(min64(count - n, width), kLanes<Real>);
-      for (int64_t c = 0; c < C; c += Op::kDepth) {
-        for (int64_t i = 0; i < lanes; i += kLanes<Real>) {
-          Real* at = panel + c * width + i;
-          const Vec<Real> q = activation<Op>(load(at));
-          if constexpr (Op::kDepth == 1) {
-            store(at, q);
-          } else {
-#ifdef XATTN_HAVE_BFLOAT16_DOT
-            const Vec<Real> next = c + 1 < C ? activation<Op>(load(at + width)) : Vec<Real>{};
-            store(t.operand + n * weights_.depth() + c / 2 * width + i, make_pairs(q, next));
-#endif
-          }
-        }
-      }
     }
   }
 
@@ -421,8 +382,8 @@ class Block {
     for (int64_t pair = first; pair < last; ++pair) {
       const char* set = weight_set(plan_.queries.weight[pair]);
       multiply<Op, Output::kUnits>(project(set, kQuery1, x, piece.count), hidden);
-      multiply<Op, Output::kReal>(project(set, kQuery2, hidden, piece.count), panelled<Op>(t.real, p_.channels));
-      activate_queries(t, piece.count);
+      multiply<Op, Output::kUnits>(project(set, kQuery2, hidden, piece.count),
+                                   panelled<Op>(t.activated, weights_.depth()));
       for (int64_t i = p_.edges.query_begin[piece.slot]; i < p_.edges.query_begin[piece.slot + 1]; ++i) {
         const int64_t e = p_.edges.by_query[i], o = p_.edges.all[e].output;
         if (plan_.queries.of_edge[e] == pair && e == p_.edges.output_begin[o])
@@ -435,7 +396,7 @@ class Block {
     const int64_t C = p_.channels;
     const Unit* state = reinterpret_cast<const Unit*>(state_of(o, b));
     const Unit* z = state + C * row_;
-    const Panels<const Unit> q = constant(panelled<Op>(t.operand, weights_.depth()));
+    const Panels<const Unit> q = constant(panelled<Op>(t.activated, weights_.depth()));
     const Vec<Real> eps = splat(static_cast<Real>(p_.eps));
     for (int64_t m = 0; m < count; m += kLanes<Real>) {
       Vec<Real> sum{};
