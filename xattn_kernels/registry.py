@@ -16,7 +16,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -275,7 +275,7 @@ def select(problem: Problem) -> str:
     """
     requested = current_backend()
     if torch.compiler.is_compiling():
-        engine, reasons = _traced_choice(requested, *problem)
+        engine, reasons = _choice_as_constant(requested, *problem)
     else:
         engine, reasons = _explain(problem, requested).engine, None
     if engine is None:
@@ -291,7 +291,6 @@ def _choice_as_constant(requested: str, *problem: Any) -> tuple[str | None, str]
     return explanation.engine, str(explanation)
 
 
-#: A compiled graph holds the choice as a constant, guarded by what it depends on: its arguments.
-_traced_choice: Callable[..., tuple[str | None, str]] = torch.compiler.assume_constant_result(
-    _choice_as_constant
-)
+# A compiled graph holds the choice as a constant, guarded by what it depends on: its arguments.
+# That is all torch.compiler.assume_constant_result does, besides importing the whole compiler.
+_choice_as_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -259,13 +259,14 @@ print((torch.tensor([1e-40]) / 2 > 0).item())
     assert out.strip() == "True"
 
 
-def test_import_is_quick() -> None:
-    out = run_python(
+def test_import_is_light() -> None:
+    """Of what it may need later, nothing is imported that takes seconds."""
+    run_python(
         """
-import torch, time
-start = time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 import xattn_kernels
-print(time.perf_counter() - start)
+slow = {"torch._dynamo", "torch._inductor", "torchvision", "timm", "matplotlib", "sympy"}
+assert not slow & (set(sys.modules) - before)
 """
     )
-    assert float(out) < 2.0
