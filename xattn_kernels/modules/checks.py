@@ -56,10 +56,10 @@ def check_features(features: Sequence[tuple[str, Tensor, int]], weight: Tensor) 
         ValueError: for other shapes, or on another device than the parameters.
     """
     first = features[0][1]
+    autocast = torch.is_autocast_enabled(weight.device.type)
     for name, x, channels in features:
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise TypeError(f"{name}: got {describe(x)}, expected a dense tensor")
-        autocast = torch.is_autocast_enabled(x.device.type)
         if x.dtype not in ACCUMULATORS or (x.dtype != weight.dtype and not autocast):
             raise TypeError(
                 f"{name}: got {describe(x)}, expected {weight.dtype}, as the parameters"

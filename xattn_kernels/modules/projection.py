@@ -119,8 +119,12 @@ class _ProjectCell(torch.autograd.Function):
             moments = _Moments(mean, product / tokens.shape[0])
         statistics = _statistics(first, moments)
         folded = _fold(first, moments.mean, statistics, layers.eps)
-        hidden, values = roles.split(
-            roles.relu_(roles.linear(tokens, folded.weight, folded.bias)), layers.second
+        # Apart, so that the values, which stay, share no memory with the hidden layers.
+        weights = folded.weight.split([layers.second, layers.first - layers.second])
+        biases = folded.bias.split([layers.second, layers.first - layers.second])
+        hidden, values = (
+            roles.relu_(roles.linear(tokens, weight, bias))
+            for weight, bias in zip(weights, biases, strict=True)
         )
 
         hidden_moments = _Moments(tokens.new_zeros(second.gamma.shape), tokens.new_empty(0))

@@ -93,11 +93,6 @@ def relu_backward(gradient: Roles, output: Roles) -> Roles:
     return result
 
 
-def split(x: Roles, first: int) -> tuple[Roles, Roles]:
-    """The first `first` roles and the others."""
-    return x[:first], x[first:]
-
-
 def join(x: Roles, y: Roles) -> Roles:
     """The roles of both."""
     if isinstance(x, list):
