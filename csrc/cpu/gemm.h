@@ -96,10 +96,8 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
   for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) {
-      if constexpr (kOutput == Output::kAccumulate) {
-        sum[i][v] = load(c + i * c_row + v * kW);
-      } else {
-        sum[i][v] = Vec<Real>{};
+      sum[i][v] = Vec<Real>{};
+      if constexpr (kOutput != Output::kAccumulate) {
         if (p.row_bias) sum[i][v] = splat(p.row_bias[m + i]);
         if (p.column_bias) sum[i][v] = load(p.column_bias + n + v * kW);
       }
@@ -161,7 +159,10 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) store(c + i * c_row + v * kW, sum[i][v]);
+      for (int v = 0; v < kV; ++v) {
+        if constexpr (kOutput == Output::kAccumulate) sum[i][v] += load(c + i * c_row + v * kW);
+        store(c + i * c_row + v * kW, sum[i][v]);
+      }
     }
   }
 }
@@ -185,7 +186,8 @@ void panel_rows(const Product<Op>& p, int64_t k0, int64_t k1, int64_t n, Element
 template <class Op, Output kOutput, class Element>
 void multiply(const Product<Op>& p, Panels<Element> c) {
   constexpr int kW = kLanes<typename Op::Real>;
-  // A long sum is cut, so that the rows of A and B stay in the first-level cache for all of C.
+  // A long sum is cut, so that the rows of A and B stay in the first-level cache for all of C; each part
+  // is summed from zero, which also keeps rounding errors from growing with the number of terms.
   constexpr int64_t kBlock = kOutput == Output::kAccumulate ? 128 : INT64_MAX;
   for (int64_t k0 = 0; k0 < p.k;) {
     const int64_t k1 = p.k - k0 > kBlock ? k0 + kBlock : p.k;

@@ -49,18 +49,18 @@ struct StateLayout {
   void import_z(const Real* from, Real* state) const {
     for (int64_t c = 0; c < channels; ++c) z(state)[c] += from[c];
   }
-  void export_to(const Real* state, Real* s, Real* z_out) const {
+  void export_s(const Real* state, Real* to) const {
     for (int64_t v = 0; v < value_channels; ++v)
-      for (int64_t c = 0; c < channels; ++c) s[v * channels + c] = state[c * row() + v];
-    for (int64_t c = 0; c < channels; ++c) z_out[c] = z(state)[c];
+      for (int64_t c = 0; c < channels; ++c) to[v * channels + c] = state[c * row() + v];
   }
+  void export_z(const Real* state, Real* to) const { std::memcpy(to, z(state), sizeof(Real) * size_t(channels)); }
 };
 
 template <class Op>
 struct Tile {
   using Real = typename Op::Real;
   // Panels (channels x tokens) and row-major (tokens x channels) matrices of a tile.
-  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight, *ones;
+  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight, *ones;  // weight: also the sum of a tile of keys
   Tile(Arena& arena, int64_t tokens, int64_t channels, int64_t value_channels) {
     const int64_t padded = round_up(tokens, kPanel<Op>);
     q = arena.take<Real>(padded * channels);
@@ -71,7 +71,7 @@ struct Tile {
     rows_k = arena.take<Real>(tokens * row_length<Op>(channels));
     rows_v = arena.take<Real>(tokens * row_length<Op>(value_channels));
     denominator = arena.take<Real>(padded);
-    weight = arena.take<Real>(padded);
+    weight = arena.take<Real>(max64(padded, channels));
     ones = arena.take<Real>(padded);
   }
 };
@@ -109,7 +109,8 @@ class Linear {
         const int64_t j = p_.edges.all[e].source;
         for (int64_t i = 0; i < sources.parts(j); ++i) layout_.add(partial + sources.number(j, b, i) * size, state);
       }
-      layout_.export_to(state, user_s<Real>(p_.state_s, index), user_z<Real>(p_.state_z, index));
+      layout_.export_s(state, user_s<Real>(p_.state_s, index));
+      layout_.export_z(state, user_z<Real>(p_.state_z, index));
     });
     parallel_for(targets.total(), threads_, [&](int64_t index, int worker) {
       const Piece piece = targets[index];
@@ -138,7 +139,8 @@ class Linear {
       if (g.grad_state_z) layout_.import_z(user_z<const Real>(g.grad_state_z, index), gradient);
       if (g.grad_outputs[o].data)
         for (int64_t i = 0; i < outputs.parts(o); ++i) layout_.add(partial + outputs.number(o, b, i) * size, gradient);
-      if (g.initial_s) layout_.export_to(gradient, user_s<Real>(g.initial_s, index), user_z<Real>(g.initial_z, index));
+      if (g.initial_s) layout_.export_s(gradient, user_s<Real>(g.initial_s, index));
+      if (g.initial_z) layout_.export_z(gradient, user_z<Real>(g.initial_z, index));
     });
     // What a source sees is the sum over the outputs it feeds; both layouts of it serve as operands.
     const int64_t both = size + round_up(p_.value_channels * p_.channels, 16);
@@ -186,8 +188,10 @@ class Linear {
       load_tokens<Op>(p_.dtype, p_.keys[piece.slot], piece.row, n, count, 0, p_.channels, k);
       load_tokens<Op>(p_.dtype, p_.values[piece.slot], piece.row, n, count, 0, p_.value_channels, v);
       apply_feature_map(p_.feature_map, t.rows_k, count * row);
+      for (int64_t c = 0; c < p_.channels; ++c) t.weight[c] = 0;
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < p_.channels; ++c) layout_.z(state)[c] += t.rows_k[i * row + c];
+        for (int64_t c = 0; c < p_.channels; ++c) t.weight[c] += t.rows_k[i * row + c];
+      for (int64_t c = 0; c < p_.channels; ++c) layout_.z(state)[c] += t.weight[c];
       multiply<Op, Output::kAccumulate>({p_.channels, p_.value_channels, count, constant(k), constant(v)},
                                         layout_.s(state));
     }

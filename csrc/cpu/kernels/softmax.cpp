@@ -175,14 +175,14 @@ class Softmax {
       Vec<Real> maximum = before;
       for (int64_t r = 0; r < rows; ++r) maximum = at_least(maximum, load(score + r * kPanel<Op>));
       const Vec<Real> correction = exp2_weight(before - maximum);
-      Vec<Real> total = load(t.total + panel + n) * correction;
+      Vec<Real> total{};
       for (int64_t r = 0; r < rows; ++r) {
         const Vec<Real> weight = exp2_weight(load(score + r * kPanel<Op>) - maximum);
         store(score + r * kPanel<Op>, weight);
         total += weight;
       }
       store(t.maximum + panel + n, maximum);
-      store(t.total + panel + n, total);
+      store(t.total + panel + n, load(t.total + panel + n) * correction + total);
       Real* sum = t.sum_value + panel * value_channels_ + n;
       for (int64_t v = 0; v < value_channels_; ++v)
         store(sum + v * kPanel<Op>, load(sum + v * kPanel<Op>) * correction);
