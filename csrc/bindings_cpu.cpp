@@ -39,8 +39,8 @@ void linear_forward(int dtype, int64_t batch, int64_t channels, int64_t value_ch
   const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
   py::gil_scoped_release release;
   kernels().linear_forward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
-                            span(keys), span(values), span(outputs), index.list(), pointer(initial_s), pointer(initial_z),
-                            pointer(state_s), pointer(state_z)},
+                            span(keys), span(values), span(outputs), index.list(), pointer(initial_s),
+                            pointer(initial_z), pointer(state_s), pointer(state_z)},
                            threads);
 }
 
@@ -52,12 +52,12 @@ void linear_backward(int dtype, int64_t batch, int64_t channels, int64_t value_c
   const EdgeIndex index(edges, 3, queries.size(), keys.size(), grad_outputs.size());
   py::gil_scoped_release release;
   // The kernel sees the outputs only through their gradients, which have the same token counts.
-  kernels().linear_backward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
-                             span(keys), span(values), span(grad_outputs), index.list(), nullptr, nullptr,
-                             pointer(state_s), pointer(state_z)},
-                            {span(grad_outputs), pointer(grad_state_s), pointer(grad_state_z), span(grad_queries),
-                             span(grad_keys), span(grad_values), pointer(grad_initial_s), pointer(grad_initial_z)},
-                            threads);
+  kernels().linear_backward(
+      {Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries), span(keys),
+       span(values), span(grad_outputs), index.list(), nullptr, nullptr, pointer(state_s), pointer(state_z)},
+      {span(grad_outputs), pointer(grad_state_s), pointer(grad_state_z), span(grad_queries), span(grad_keys),
+       span(grad_values), pointer(grad_initial_s), pointer(grad_initial_z)},
+      threads);
 }
 
 void softmax_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int64_t heads, double scale,

@@ -12,14 +12,14 @@ Span<const T> span(const std::vector<T>& values) {
 }
 
 // Where each slot's edges begin, after sorting by that slot.
-std::vector<int64_t> begins(const std::vector<Edge>& edges, int64_t Edge::*side, size_t slots) {
+std::vector<int64_t> begins(const std::vector<Edge>& edges, int64_t Edge::* side, size_t slots) {
   std::vector<int64_t> begin(slots + 1, 0);
   for (const Edge& edge : edges) ++begin[static_cast<size_t>(edge.*side) + 1];
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
   return begin;
 }
 
-std::vector<int64_t> order(const std::vector<Edge>& edges, int64_t Edge::*side) {
+std::vector<int64_t> order(const std::vector<Edge>& edges, int64_t Edge::* side) {
   std::vector<int64_t> numbers(edges.size());
   std::iota(numbers.begin(), numbers.end(), 0);
   std::stable_sort(numbers.begin(), numbers.end(), [&](int64_t a, int64_t b) {

@@ -46,9 +46,8 @@ struct BFloat16Pair {
 };
 // bfloat16 of two vectors, interleaved.
 inline Vec<uint32_t> make_pairs(Vec<float> even, Vec<float> odd) {
-  const __m512i interleave = (__m512i)(
-      Vec<uint16_t>{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  const __m512i interleave = (__m512i)(Vec<uint16_t>{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   return (Vec<uint32_t>)_mm512_permutexvar_epi16(interleave, both);
 }

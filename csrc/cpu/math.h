@@ -28,7 +28,7 @@ inline Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 
 // exp(x) for x <= 0 (NaN stays NaN), 2 ulp; 0 below the smallest subnormal.
 inline Vec<float> exp_negative(Vec<float> x) {
-  constexpr float kExp2[] = {1.000000001f,    0.6931472057f,  0.2402264689f,  0.05550328777f,
+  constexpr float kExp2[] = {1.000000001f,    0.6931472057f,   0.2402264689f,   0.05550328777f,
                              0.009618488882f, 0.001339993114f, 0.0001534583266f};
   const float magic = 12582912.0f;
   x = at_least(splat(-105.0f), x);
@@ -49,8 +49,7 @@ inline Vec<float> scale_by_normal_power(Vec<float> p, Vec<float> n) {
 
 // 2^x for x <= 0 with relative error 9e-8, exact at 0, and a floor of 2^-126: the weights of a softmax row.
 inline Vec<float> exp2_weight(Vec<float> x) {
-  constexpr float kExp2[] = {1.0f,           0.6931469776f,   0.2402224209f,
-                             0.05550733742f, 0.009671512642f, 0.001326472749f};
+  constexpr float kExp2[] = {1.0f, 0.6931469776f, 0.2402224209f, 0.05550733742f, 0.009671512642f, 0.001326472749f};
   const float magic = 12582912.0f;
   x = at_least(splat(-126.0f), x);
   const Vec<float> n = (x + magic) - magic;
@@ -66,7 +65,7 @@ inline Vec<float> negative_magnitude(Vec<float> x) { return (Vec<float>)((IntVec
 // softplus(x) = max(x, 0) + log1p(exp(-|x|)). PyTorch returns x above 20; in float that is the same
 // number.
 inline Vec<float> softplus(Vec<float> x) {
-  constexpr float kLog1p[] = {0.9999999699f, -0.4999949312f, 0.3331909636f,  -0.2484297921f, 0.1910599684f,
+  constexpr float kLog1p[] = {0.9999999699f,  -0.4999949312f, 0.3331909636f,   -0.2484297921f, 0.1910599684f,
                               -0.1366322785f, 0.07822577122f, -0.02950514385f, 0.005232674001f};
   Vec<float> t = exp_negative(negative_magnitude(x));
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);

@@ -165,9 +165,8 @@ void load_matrix(Dtype dtype, const char* data, int64_t offset, ptrdiff_t row_st
 
 // The reverse of load_matrix, column n multiplied by factors[n]; panel by panel, as they lie in the cache.
 template <class Op>
-void store_matrix(Panels<const typename Op::Real> from, const typename Op::Real* factors, int64_t rows,
-                  int64_t columns, Dtype dtype, char* data, int64_t offset, ptrdiff_t row_stride,
-                  ptrdiff_t column_stride) {
+void store_matrix(Panels<const typename Op::Real> from, const typename Op::Real* factors, int64_t rows, int64_t columns,
+                  Dtype dtype, char* data, int64_t offset, ptrdiff_t row_stride, ptrdiff_t column_stride) {
   using Real = typename Op::Real;
   with_storage<Real>(dtype, [&](auto storage) {
     using S = decltype(storage);
@@ -184,7 +183,8 @@ void store_matrix(Panels<const typename Op::Real> from, const typename Op::Real*
         const int64_t r1 = min64(r0 + kTransposeBlock, rows);
         for (int64_t c = 0; c < width; ++c) {
           S* to = destination + c * column_stride;
-          for (int64_t r = r0; r < r1; ++r) to[r * row_stride] = from_float<S>(panel[r * from.row + c] * factors[n + c]);
+          for (int64_t r = r0; r < r1; ++r)
+            to[r * row_stride] = from_float<S>(panel[r * from.row + c] * factors[n + c]);
         }
       }
     }
@@ -200,8 +200,8 @@ void load_channels(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t 
                   view.channel_stride, view.token_stride, channels, count, to);
 }
 template <class Op>
-void load_tokens(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, int64_t channel0,
-                 int64_t channels, Panels<typename Op::Real> to) {
+void load_tokens(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, int64_t channel0, int64_t channels,
+                 Panels<typename Op::Real> to) {
   load_matrix<Op>(dtype, view.data, b * view.batch_stride + channel0 * view.channel_stride + t * view.token_stride,
                   view.token_stride, view.channel_stride, count, channels, to);
 }
@@ -210,8 +210,8 @@ template <class Op>
 void store_channels(Panels<const typename Op::Real> from, const typename Op::Real* factors, int64_t channel0,
                     int64_t channels, int64_t count, Dtype dtype, const View& view, int64_t b, int64_t t) {
   store_matrix<Op>(from, factors, channels, count, dtype, view.data,
-                   b * view.batch_stride + channel0 * view.channel_stride + t * view.token_stride,
-                   view.channel_stride, view.token_stride);
+                   b * view.batch_stride + channel0 * view.channel_stride + t * view.token_stride, view.channel_stride,
+                   view.token_stride);
 }
 
 // Length of a row of a row-major matrix: whole vectors, and not a multiple of 1 KiB, whose rows would

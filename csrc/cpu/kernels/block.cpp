@@ -9,8 +9,8 @@
 // Edges with the same source and weight share a state, edges with the same query and weight a
 // projection. Matrix layouts: x, h and q are panels of tokens, channels as rows. The state's product sums
 // over tokens: it broadcasts k, whose rows are channels, and takes v with tokens as rows.
-#include "../math.h"
 #include "../edges.h"
+#include "../math.h"
 #include "../pack.h"
 #include "../pieces.h"
 #include "table.h"
@@ -104,6 +104,11 @@ void load_features(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t 
         const int64_t width = min64(count - n, kPanel<Op>);
         uint32_t* row = to + n * depth + k * kPanel<Op>;
         if (view.token_stride == 1) {
+          // The next pair's rows are pages away, where prefetchers in hardware do not look.
+          __builtin_prefetch(even + 2 * view.channel_stride + n);
+          __builtin_prefetch(even + 2 * view.channel_stride + n + 32);
+          __builtin_prefetch(odd + 2 * view.channel_stride + n);
+          __builtin_prefetch(odd + 2 * view.channel_stride + n + 32);
           for (int64_t i = 0; i < width; ++i) row[i] = even[n + i] | (odd[n + i] & keep) << 16;
         } else {
           for (int64_t i = 0; i < width; ++i) {
@@ -202,15 +207,17 @@ class Block {
     Scratch joint_memory(sizeof(Real) * static_cast<size_t>(joint * p_.batch * state_size_));
     states_ = reinterpret_cast<Real*>(state_memory.data());
     joint_ = reinterpret_cast<Real*>(joint_memory.data());
-    for_tiles(plan_.sources, [&](int64_t tokens) { return split_tokens(tokens); },
-              [&](const Piece& piece, int64_t first, int64_t last, int worker) {
-                source_pass(piece, first, last, tile(worker));
-              });
+    for_tiles(
+        plan_.sources, [&](int64_t tokens) { return split_tokens(tokens); },
+        [&](const Piece& piece, int64_t first, int64_t last, int worker) {
+          source_pass(piece, first, last, tile(worker));
+        });
     sum_states();
-    for_tiles(plan_.queries, [&](int64_t tokens) { return even_tile<Op>(tokens, tile_); },
-              [&](const Piece& piece, int64_t first, int64_t last, int worker) {
-                target_pass(piece, first, last, tile(worker));
-              });
+    for_tiles(
+        plan_.queries, [&](int64_t tokens) { return even_tile<Op>(tokens, tile_); },
+        [&](const Piece& piece, int64_t first, int64_t last, int worker) {
+          target_pass(piece, first, last, tile(worker));
+        });
   }
 
  private:
@@ -249,9 +256,7 @@ class Block {
     Arena arena(tiles_.data() + worker * tile_bytes_);
     return Buffers<Op>(arena, tile_, p_.channels);
   }
-  const char* weight_set(int64_t weight) const {
-    return weights_.set(static_cast<const char*>(p_.packed), weight);
-  }
+  const char* weight_set(int64_t weight) const { return weights_.set(static_cast<const char*>(p_.packed), weight); }
 
   // A source's tokens are split so that the partial states are small beside the features: 1/16 of them.
   int64_t split_tokens(int64_t tokens) const {
@@ -347,9 +352,8 @@ class Block {
         add_state(partial(plan_.sources.of_edge[e], b, 0), sum);
     });
     if constexpr (Op::kDepth == 2) {
-      parallel_for(plan_.sources.count * p_.batch, threads_, [&](int64_t index, int) {
-        pack_state(partial(index / p_.batch, index % p_.batch, 0));
-      });
+      parallel_for(plan_.sources.count * p_.batch, threads_,
+                   [&](int64_t index, int) { pack_state(partial(index / p_.batch, index % p_.batch, 0)); });
       parallel_for(joint * p_.batch, threads_, [&](int64_t index, int) { pack_state(joint_ + index * state_size_); });
     }
   }

@@ -60,7 +60,8 @@ template <class Op>
 struct Tile {
   using Real = typename Op::Real;
   // Panels (channels x tokens) and row-major (tokens x channels) matrices of a tile.
-  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight, *ones;  // weight: also the sum of a tile of keys
+  Real *q, *before_map, *g, *w, *total, *rows_k, *rows_v, *denominator, *weight,
+      *ones;  // weight: also the sum of a tile of keys
   Tile(Arena& arena, int64_t tokens, int64_t channels, int64_t value_channels) {
     const int64_t padded = round_up(tokens, kPanel<Op>);
     q = arena.take<Real>(padded * channels);
@@ -85,8 +86,8 @@ class Linear {
         threads_(threads),
         layout_{problem.channels, problem.value_channels},
         tile_(tile_tokens<Op>(max64(problem.channels, problem.value_channels), kTileBytes)),
-        tile_bytes_(round_up(static_cast<int64_t>(
-                                 bytes_of<Tile<Op>>(tile_, problem.channels, problem.value_channels)), 64)),
+        tile_bytes_(
+            round_up(static_cast<int64_t>(bytes_of<Tile<Op>>(tile_, problem.channels, problem.value_channels)), 64)),
         tiles_(static_cast<size_t>(tile_bytes_ * max64(threads, 1))) {}
 
   void forward() {
@@ -220,7 +221,8 @@ class Linear {
       multiply<Op, Output::kReal>({p_.value_channels, count, p_.channels, layout_.s(state), constant(q)}, out);
       for (int64_t m = 0; m < count; m += kLanes<Real>)
         store(t.denominator + m, Real(1) / at_least(eps, load(t.denominator + m)));
-      store_channels<Op>(constant(out), t.denominator, 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot], piece.row, n);
+      store_channels<Op>(constant(out), t.denominator, 0, p_.value_channels, count, p_.dtype, p_.outputs[piece.slot],
+                         piece.row, n);
     }
   }
 
@@ -240,9 +242,8 @@ class Linear {
       load_tokens<Op>(p_.dtype, query, piece.row, n, count, 0, p_.channels, row_major<Op>(t.rows_k, p_.channels));
       apply_feature_map(p_.feature_map, t.rows_k, count * row_length<Op>(p_.channels));
       std::memset(t.total, 0, sizeof(Real) * static_cast<size_t>(width));
-      for_outputs(g, piece.slot, [&](int64_t o) {
-        output_gradients(g.grad_outputs[o], o, piece.row, n, count, sum_of(o), t);
-      });
+      for_outputs(g, piece.slot,
+                  [&](int64_t o) { output_gradients(g.grad_outputs[o], o, piece.row, n, count, sum_of(o), t); });
       if (!dq.data) continue;
       multiply_by_derivative(p_.feature_map, t.before_map, t.total, width);
       store_channels<Op>(constant(panelled<Op>(t.total, p_.channels)), t.ones, 0, p_.channels, count, p_.dtype, dq,

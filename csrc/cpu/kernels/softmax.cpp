@@ -110,10 +110,9 @@ class Softmax {
   void read_rows(const View& view, const Tile& tile, int64_t begin, int64_t count, int64_t channels, Real* to) const {
     load_tokens<Op>(p_.dtype, view, tile.b, begin, count, tile.head * channels, channels, row_major<Op>(to, channels));
   }
-  void write_panels(const Real* from, const Real* factors, int64_t channels, const View& view,
-                    const Tile& tile) const {
-    store_channels<Op>(panelled<Op>(from, channels), factors, tile.head * channels, channels, tile.count, p_.dtype, view, tile.b,
-                       tile.begin);
+  void write_panels(const Real* from, const Real* factors, int64_t channels, const View& view, const Tile& tile) const {
+    store_channels<Op>(panelled<Op>(from, channels), factors, tile.head * channels, channels, tile.count, p_.dtype,
+                       view, tile.b, tile.begin);
   }
   static void scale(Real* x, int64_t count, double factor) {
     for (int64_t i = 0; i < count; i += kLanes<Real>) store(x + i, load(x + i) * static_cast<Real>(factor));
@@ -125,16 +124,16 @@ class Softmax {
 
   // rows x panel = sum over channels of block (channels, rows) and a panel of the owned tile.
   void score(const Real* block, const Real* own, int64_t panel, int64_t rows, int64_t channels, Real* to) const {
-    multiply<Op, Output::kReal>({rows, kPanel<Op>, channels, panelled<Op>(block, channels),
-                                 panelled<Op>(own + panel * channels, channels)},
-                                Panels<Real>{to, kPanel<Op>, 0});
+    multiply<Op, Output::kReal>(
+        {rows, kPanel<Op>, channels, panelled<Op>(block, channels), panelled<Op>(own + panel * channels, channels)},
+        Panels<Real>{to, kPanel<Op>, 0});
   }
   // sum (channels, panel) += rows (rows, channels)^T weights (rows, panel).
   void accumulate(const Real* rows, const Real* weights, int64_t count, int64_t channels, int64_t panel,
                   Real* sum) const {
-    multiply<Op, Output::kAccumulate>({channels, kPanel<Op>, count, row_major<Op>(rows, channels),
-                                       Panels<const Real>{weights, kPanel<Op>, 0}},
-                                      panelled<Op>(sum + panel * channels, channels));
+    multiply<Op, Output::kAccumulate>(
+        {channels, kPanel<Op>, count, row_major<Op>(rows, channels), Panels<const Real>{weights, kPanel<Op>, 0}},
+        panelled<Op>(sum + panel * channels, channels));
   }
 
   void forward_tile(const Tile& tile, const Buffers<Op>& t) const {
@@ -220,8 +219,8 @@ class Softmax {
       t.row_delta[n] = d[n];
     }
   }
-  void read_gradient(const SoftmaxGradients& g, int64_t o, const Tile& tile, int64_t begin, int64_t count,
-                     Real* panels, Real* rows) const {
+  void read_gradient(const SoftmaxGradients& g, int64_t o, const Tile& tile, int64_t begin, int64_t count, Real* panels,
+                     Real* rows) const {
     if (!g.grad_outputs[o].data) {
       clear(panels, round_up(count, kPanel<Op>) * value_channels_);
       if (rows) clear(rows, count * row_length<Op>(value_channels_));
@@ -261,8 +260,7 @@ class Softmax {
             const Vec<Real> row_lse = load(t.row_lse + panel + n), row_delta = load(t.row_delta + panel + n);
             for (int64_t r = 0; r < rows; ++r) {
               const int64_t at = r * kPanel<Op> + n;
-              store(t.weights + at,
-                    exp2_weight(load(t.weights + at) - row_lse) * (load(t.products + at) - row_delta));
+              store(t.weights + at, exp2_weight(load(t.weights + at) - row_lse) * (load(t.products + at) - row_delta));
             }
           }
           accumulate(t.block_rows, t.weights, rows, channels_, panel, t.sum);
