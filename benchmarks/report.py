@@ -68,7 +68,9 @@ def suite_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def bar_cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of all bars."""
     cells = []
-    for result in report["suites"].values():
+    for name, result in report["suites"].items():
+        if result["failure"] is not None:
+            cells.append([f"{name}: all bars", "check failed", "", VERDICTS[False]])
         for bar in result["bars"]:
             value = bar["note"] if bar["value"] is None else _quantity(bar["value"], bar["unit"])
             target = f"{bar['relation']} {_quantity(bar['target'], bar['unit'])}"

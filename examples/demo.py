@@ -31,7 +31,7 @@ from rich.progress import Progress, TimeElapsedColumn
 SIZE = (480, 640)
 SIZES = tuple((SIZE[0] * i // 5, SIZE[1] * i // 5) for i in range(1, 6))
 """(H, W) in pixels; multiples of 32, as HRNet needs."""
-NAIVE_SECONDS = 40.0
+NAIVE_SECONDS = 30.0
 WIDTH = 100
 """Columns that the table needs; a narrower terminal wraps it."""
 

@@ -19,8 +19,8 @@ from xattn_kernels.testing.compare import Truth, check
 from xattn_kernels.testing.measure import available_bytes, fresh_process, interleaved
 
 OP_BY_OP, FUSED, NAIVE = "op by op", "fused", "naive all-pairs"
-TIMING_SECONDS = 3.0
-COARSE_SECONDS = 10.0
+TIMING_SECONDS = 2.0
+COARSE_SECONDS = 8.0
 """Time that the naive way always has for the coarse scales of the largest resolution."""
 MEMORY_SHARE = 0.7
 """Part of the available memory that the naive way may take."""

@@ -91,6 +91,7 @@ class Step:
             torch.manual_seed(0)
             source = op_by_op.CrossTaskAttention(TASKS, Scale(scale).width)
             as_if_trained(source)
+        self.way = way
         self.module = MODULES[way](TASKS, Scale(scale).width)
         self.module.load_state_dict(source.state_dict())
         self.module.to(dtype).train()
