@@ -35,8 +35,22 @@ struct Job {
   }
 };
 
-// Threads wait on a condition variable: a pool that spins would take the cores from PyTorch's own
-// threads between two calls.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Threads look out for the next job, or its end, for some 20 microseconds, the time between two phases of
+// one call, and then sleep: a pool that goes on spinning takes the cores from PyTorch's own threads.
+constexpr int kLooks = 1000;
+template <class Condition>
+void look_out(const Condition& condition) {
+  for (int i = 0; i < kLooks && !condition(); ++i) relax();
+}
+
 class Pool {
  public:
   void run(Job& job, int threads) {
@@ -47,11 +61,13 @@ class Pool {
         threads_.emplace_back([this, worker] { loop(worker); });
       }
       job_ = &job;
-      wanted_ = pending_ = threads - 1;
+      wanted_ = threads - 1;
+      pending_ = threads - 1;
       ++generation_;
     }
     wake_.notify_all();
     job.run(0);
+    look_out([this] { return pending_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return pending_ == 0; });
     job_ = nullptr;
@@ -62,8 +78,9 @@ class Pool {
  private:
   void loop(int worker) {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      look_out([&] { return generation_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (worker > wanted_) continue;
@@ -80,8 +97,10 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   Job* job_ = nullptr;
-  int wanted_ = 0, pending_ = 0;
-  uint64_t generation_ = 0;
+  int wanted_ = 0;
+  // Written under the mutex; atomic so that look_out can read them without it.
+  std::atomic<int> pending_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 // Never destroyed: its threads may outlive static destruction. A child of fork() has none of the

@@ -337,25 +337,26 @@ class Block {
   }
 
   void sum_states() {
+    const int64_t joint = plan_.joint[p_.outputs.size];
     parallel_for(plan_.sources.count * p_.batch, threads_, [&](int64_t index, int) {
       const int64_t pair = index / p_.batch, b = index % p_.batch, parts = splits(plan_.sources.slot[pair]);
       for (int64_t i = 1; i < parts; ++i) add_state(partial(pair, b, i), partial(pair, b, 0));
       if (p_.features[plan_.sources.slot[pair]].tokens == 0) clear_state(partial(pair, b, 0));
+      if (joint == 0) pack_state(partial(pair, b, 0));
     });
-    const int64_t joint = plan_.joint[p_.outputs.size];
-    parallel_for(joint > 0 ? p_.outputs.size * p_.batch : 0, threads_, [&](int64_t index, int) {
+    if (joint == 0) return;
+    parallel_for(p_.outputs.size * p_.batch, threads_, [&](int64_t index, int) {
       const int64_t o = index / p_.batch, b = index % p_.batch;
       if (p_.edges.count(o) < 2) return;
       Real* sum = state_of(o, b);
       clear_state(sum);
       for (int64_t e = p_.edges.output_begin[o]; e < p_.edges.output_begin[o + 1]; ++e)
         add_state(partial(plan_.sources.of_edge[e], b, 0), sum);
+      pack_state(sum);
     });
-    if constexpr (Op::kDepth == 2) {
-      parallel_for(plan_.sources.count * p_.batch, threads_,
-                   [&](int64_t index, int) { pack_state(partial(index / p_.batch, index % p_.batch, 0)); });
-      parallel_for(joint * p_.batch, threads_, [&](int64_t index, int) { pack_state(joint_ + index * state_size_); });
-    }
+    // Only now: states of outputs of their own may also have been terms of sums.
+    parallel_for(plan_.sources.count * p_.batch, threads_,
+                 [&](int64_t index, int) { pack_state(partial(index / p_.batch, index % p_.batch, 0)); });
   }
 
   // S^T and Z in place as operands of units: rows of pairs take the first half of S, pairs of Z its place.
