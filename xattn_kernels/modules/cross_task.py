@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
@@ -22,10 +18,8 @@ from xattn_kernels.modules.checks import (
     without_autocast,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
-from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
-from xattn_kernels.ops.features import ACCUMULATORS
-
-T = TypeVar("T")
+from xattn_kernels.modules.fuse import Buffers, fuse
+from xattn_kernels.modules.layers import BasicBlock, is_stock
 
 
 class CrossTaskAttention(CacheOwner):
@@ -138,21 +132,24 @@ class CrossTaskAttention(CacheOwner):
             self.dimensionality_reduction.conv1.weight,
         )
         cast = [cast_for_autocast(x) for x in sources]
-        blocks = self._blocks()
-        stock = can_pack(blocks, cast) and is_stock(self.dimensionality_reduction)
-        if stock and self.kind == "linear" and is_inference([self], cast):
+        targets = [cast[self.auxiliary_tasks.index(task)] for task in self.tasks]
+        others = len(sources) - 1
+        blocks, block = self._blocks(), self.dimensionality_reduction
+        packable = can_pack(blocks, cast)
+        folded = packable and self.kind == "linear" and is_stock(block)
+        if folded and is_inference([self], cast):
             with without_autocast(sources[0]):
-                fused = self._infer(blocks, cast)
+                buffers = Buffers(targets, others)
+                attend_folded(blocks, self._wiring, cast, self._cache, "blocks", buffers.outputs)
+                fused = buffers.fuse(block, self._cache)
         else:
-            if can_pack(blocks, cast):
+            if packable:
                 with without_autocast(sources[0]):
                     attended = attend(blocks, self._wiring, cast, self.kind, self.heads)
             else:
-                attended = [
-                    blocks[b](cast[target], cast[source])
-                    for target, source, b in self._wiring.edges
-                ]
-            fused = self._fuse(cast, attended)
+                attended = [blocks[b](cast[t], cast[a]) for t, a, b in self._wiring.edges]
+            rows = [attended[i : i + others] for i in range(0, len(attended), others)]
+            fused = fuse(block, [[x, *row] for x, row in zip(targets, rows, strict=True)])
         return {
             task: in_format_of(features[task] + y, features[task])
             for task, y in zip(self.tasks, fused, strict=True)
@@ -162,74 +159,6 @@ class CrossTaskAttention(CacheOwner):
         """In the order of the edges."""
         modules = [m for row in self.cross_attention.values() for m in [*row.children()][::-1]]
         return [block for block in modules if isinstance(block, CrossAttention)]
-
-    def _fuse(self, features: Sequence[Tensor], attended: Sequence[Tensor]) -> list[Tensor]:
-        """R(u_t) of every target, differentiably, with R's statistics of each in turn."""
-        block = self.dimensionality_reduction
-        convolution, norm = block.downsample
-        assert isinstance(convolution, nn.Conv2d)
-        stock = is_stock(block)
-        weight = sum_repeats(block.conv1.weight, self.channels)
-        shortcut = sum_repeats(convolution.weight, self.channels)
-        fused = []
-        for x, row in self._by_target(features, attended):
-            if not stock:
-                fused.append(block(torch.cat([part for y in row for part in (x, y)], dim=1)))
-                continue
-            parts = [part.contiguous(memory_format=torch.channels_last) for part in (x, *row)]
-            u = torch.cat(parts, dim=1)
-            hidden = F.relu(
-                block.bn1(F.conv2d(u, weight, block.conv1.bias, padding=1)), inplace=True
-            )
-            residual = block.bn2(block.conv2(hidden))
-            residual += norm(F.conv2d(u, shortcut, convolution.bias))
-            fused.append(F.relu(residual, inplace=True))
-        return fused
-
-    def _infer(self, blocks: Sequence[CrossAttention], features: Sequence[Tensor]) -> list[Tensor]:
-        """R(u_t) of every target with all batch norms folded, attended maps written in place."""
-        block = self.dimensionality_reduction
-        shortcut, shortcut_norm = block.downsample
-        assert isinstance(shortcut, nn.Conv2d) and isinstance(shortcut_norm, nn.BatchNorm2d)
-        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2), (shortcut, shortcut_norm)]
-        dtype = features[0].dtype
-
-        def make() -> tuple[Tensor, ...]:
-            folded = [normalisation.fold([c], [bn], ACCUMULATORS[dtype]) for c, bn in pairs]
-            (w1, b1), (w2, b2), (w3, b3) = ((w[0], b[0]) for w, b in folded)
-            w1, w3 = (sum_repeats(w, self.channels) for w in (w1, w3))
-            parts = (w1, b1, w2, b2 + b3, w3)
-            return tuple(part.to(dtype) for part in parts)
-
-        sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
-        eps = tuple(bn.eps for _, bn in pairs)
-        w1, b1, w2, b2, w3 = self._cache.get("fuse", sources, (dtype, eps), make)
-
-        width = self.channels
-        buffers, outputs = [], []
-        for x, row in self._by_target(features, self._wiring.edges):
-            channels = (1 + len(row)) * width
-            buffer = x.new_empty((x.shape[0], *x.shape[2:], channels)).permute(0, 3, 1, 2)
-            buffer[:, :width] = x
-            outputs += buffer.split(width, dim=1)[1:]
-            buffers.append(buffer)
-        attend_folded(blocks, self._wiring, features, self._cache, "blocks", outputs)
-        fused = []
-        for buffer in buffers:
-            hidden = F.conv2d(buffer, w1, b1, padding=1).relu_()
-            residual = F.conv2d(hidden, w2, b2, padding=1)
-            fused.append(residual.add_(F.conv2d(buffer, w3)).relu_())
-        return fused
-
-    def _by_target(
-        self, features: Sequence[Tensor], per_edge: Sequence[T]
-    ) -> list[tuple[Tensor, Sequence[T]]]:
-        """The features of every target with what belongs to its edges."""
-        others = len(self.auxiliary_tasks) - 1
-        return [
-            (features[self.auxiliary_tasks.index(task)], per_edge[i * others : (i + 1) * others])
-            for i, task in enumerate(self.tasks)
-        ]
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, heads={self.heads}"

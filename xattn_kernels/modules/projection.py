@@ -152,11 +152,12 @@ class _ProjectCell(torch.autograd.Function):
         values, rest = output[layers.second : layers.first], output[layers.first :]
         ctx.layers = layers
         ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *values, *rest, *parameters)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         layers: Layers = ctx.layers
         x, *saved = ctx.saved_tensors
         count = layers.first - layers.second
@@ -170,7 +171,7 @@ class _ProjectCell(torch.autograd.Function):
         part = slice(0, layers.second)
         hidden = roles.relu_(roles.linear(tokens, folded.weight[part], folded.bias[part]))
 
-        gradient = _roles(gradients[part], tokens)
+        gradient = _gradients(gradients[part], x, tokens)
         total = roles.sums(gradient)
         product = roles.outer(gradient, hidden)
         product = product - total.unsqueeze(2) * hidden_moments.mean.unsqueeze(1)
@@ -183,7 +184,7 @@ class _ProjectCell(torch.autograd.Function):
         gradient = roles.relu_backward(through, hidden)
         del through, hidden
         if count:
-            gradient_values = _roles(gradients[layers.second : layers.first], tokens)
+            gradient_values = _gradients(gradients[layers.second : layers.first], x, tokens)
             gradient_values = roles.relu_backward(gradient_values, _roles(values, tokens))
             gradient = roles.join(gradient, gradient_values)
         total = roles.sums(gradient)
@@ -290,6 +291,11 @@ def _roles(parts: Sequence[Tensor], tokens: Tensor) -> Roles:
     """Features (B, C, N) of several roles as matrices, kept as suits a cell with `tokens`."""
     matrices = [_tokens(part) for part in parts]
     return matrices if roles.listed(tokens) else torch.stack(matrices)
+
+
+def _gradients(parts: Sequence[Tensor | None], x: Tensor, tokens: Tensor) -> Roles:
+    """Gradients of the roles' features as matrices; zeros for outputs that nobody used."""
+    return _roles([x.new_zeros(x.shape) if part is None else part for part in parts], tokens)
 
 
 def _features(tokens: Tensor, x: Tensor) -> Tensor:

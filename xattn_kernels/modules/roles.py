@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 Roles = Tensor | list[Tensor]
 
@@ -36,6 +35,7 @@ def linear(x: Roles, weight: Tensor, bias: Tensor | None) -> Roles:
     """
     if isinstance(x, list) or (x.dim() == 2 and listed(x)):
         xs = x if isinstance(x, list) else [x] * weight.shape[0]
+        weight = weight.contiguous()
         biases = [None] * len(xs) if bias is None else list(bias)
         return [_convolve(a, w, b) for a, w, b in zip(xs, weight, biases, strict=True)]
     if x.dim() == 2:
@@ -57,9 +57,10 @@ def outer(left: Roles, right: Roles) -> Tensor:
 def gather(x: Roles, weight: Tensor) -> Tensor:
     """Sum over roles of x_r W_r for weight (R, C, C_out): (M, C_out)."""
     if isinstance(x, list):
-        total = _convolve(x[0], weight[0].t(), None)
-        for a, w in zip(x[1:], weight[1:], strict=True):
-            total.add_(_convolve(a, w.t(), None))
+        transposed = weight.transpose(1, 2).contiguous()
+        total = _convolve(x[0], transposed[0], None)
+        for a, w in zip(x[1:], transposed[1:], strict=True):
+            total.add_(_convolve(a, w, None))
         return total
     return torch.bmm(x, weight).sum(dim=0)
 
@@ -116,6 +117,19 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:
-    shape = (left.shape[1], right.shape[1], 1, 1)
-    product: Tensor = conv2d_weight(_as_image(right), shape, _as_image(left))
+    """The weight gradient of `_convolve`, of which only the shape of the weight is needed."""
+    weight = left.new_empty((left.shape[1], right.shape[1], 1, 1))
+    product: Tensor = torch.ops.aten.convolution_backward(
+        _as_image(left),
+        _as_image(right),
+        weight,
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, False],
+    )[1]
     return product[:, :, 0, 0]

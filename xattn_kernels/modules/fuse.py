@@ -1,0 +1,166 @@
+"""The fuse block of cross-task attention: one residual block for all targets.
+
+It reads u_t = [x_t, c_1, x_t, c_2, ...] for target t. The repeats of x_t are never formed, see
+`sum_repeats`, and the convolutions run on several targets at once, as samples of one batch, as far
+as the result is a tensor of moderate size; batch norms see each target by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn_kernels.modules import normalisation
+from xattn_kernels.modules.cache import DerivedCache
+from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
+from xattn_kernels.ops.features import ACCUMULATORS
+
+GROUP_BYTES = 32 * 2**20
+"""Size of the largest input made of several targets: the allocator reuses blocks up to it, and maps
+larger ones anew, page by page, each time."""
+
+
+def fuse(block: BasicBlock, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The block's output for every target, (B, C, H, W) in channels_last, differentiably.
+
+    Args:
+        block: the residual block; its running statistics are updated once per target, in order.
+        rows: for every target t, [x_t, c_1, c_2, ...], all (B, C, H, W).
+    """
+    if not is_stock(block):
+        return [block(torch.cat([part for c in row for part in (x, c)], 1)) for x, *row in rows]
+    channels = rows[0][0].shape[1]
+    shortcut, norm = _shortcut(block)
+    weight = sum_repeats(block.conv1.weight, channels)
+    shortcut_weight = sum_repeats(shortcut.weight, channels)
+    fused: list[Tensor] = []
+    for group in _groups(rows):
+        count = len(group)
+        u = _join(group)
+        hidden = F.conv2d(u, weight, block.conv1.bias, padding=1)
+        hidden = F.relu(_normalise(block.bn1, hidden, count), inplace=True)
+        residual = _normalise(block.bn2, block.conv2(hidden), count)
+        residual += _normalise(norm, F.conv2d(u, shortcut_weight, shortcut.bias), count)
+        fused += F.relu(residual, inplace=True).chunk(count)
+    return fused
+
+
+class Buffers:
+    """Inputs of the fuse block in inference, for others to write the attended maps into.
+
+    Args:
+        features: x_t of every target.
+        others: attended maps per target.
+    """
+
+    def __init__(self, features: Sequence[Tensor], others: int) -> None:
+        rows = [[x] * (1 + others) for x in features]
+        self._buffers = []
+        self.outputs: list[Tensor] = []
+        """One (B, C, H, W) per attended map, target by target, to be written."""
+        for group in _groups(rows):
+            buffer = _allocate(group)
+            self._buffers.append((buffer, len(group)))
+            for part, row in zip(buffer.chunk(len(group)), group, strict=True):
+                own, *outputs = part.split(row[0].shape[1], dim=1)
+                own.copy_(row[0])
+                self.outputs += outputs
+
+    def fuse(self, block: BasicBlock, cache: DerivedCache) -> list[Tensor]:
+        """The block's output for every target; its folded weights are kept in `cache`."""
+        fused: list[Tensor] = []
+        for buffer, count in self._buffers:
+            w1, b1, w2, b2, w3 = _folded(block, buffer.dtype, cache)
+            hidden = F.conv2d(buffer, w1, b1, padding=1).relu_()
+            residual = F.conv2d(hidden, w2, b2, padding=1).add_(F.conv2d(buffer, w3))
+            fused += residual.relu_().chunk(count)
+        return fused
+
+
+def _folded(block: BasicBlock, dtype: torch.dtype, cache: DerivedCache) -> tuple[Tensor, ...]:
+    """Weights and biases of both convolutions, batch norms folded in, and the shortcut's weight."""
+    pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2), _shortcut(block)]
+
+    def make() -> tuple[Tensor, ...]:
+        folded = [normalisation.fold([c], [bn], ACCUMULATORS[dtype]) for c, bn in pairs]
+        (w1, b1), (w2, b2), (w3, b3) = ((w[0], b[0]) for w, b in folded)
+        channels = w1.shape[0]
+        parts = (sum_repeats(w1, channels), b1, w2, b2 + b3, sum_repeats(w3, channels))
+        return tuple(part.to(dtype) for part in parts)
+
+    sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
+    return cache.get("fuse", sources, (dtype, *(bn.eps for _, bn in pairs)), make)
+
+
+def _shortcut(block: BasicBlock) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    convolution, norm = block.downsample
+    assert isinstance(convolution, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return convolution, norm
+
+
+def _normalise(bn: nn.BatchNorm2d, x: Tensor, count: int) -> Tensor:
+    """`bn` of each of `count` targets, which are the samples of `x` in order."""
+    if count == 1 or not normalisation.uses_batch(bn):
+        normalised: Tensor = bn(x)
+        return normalised
+    return torch.cat([bn(part) for part in x.chunk(count)])
+
+
+def _groups(rows: Sequence[Sequence[Tensor]]) -> list[list[Sequence[Tensor]]]:
+    """Consecutive targets of one size whose inputs are to be one tensor."""
+    groups: list[list[Sequence[Tensor]]] = []
+    for row in rows:
+        x = row[0]
+        size = len(row) * x.numel() * x.element_size()
+        if groups:
+            last = groups[-1]
+            if x.shape == last[0][0].shape and size * (len(last) + 1) <= GROUP_BYTES:
+                last.append(row)
+                continue
+        groups.append([row])
+    return groups
+
+
+def _join(group: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Targets as samples, parts as channels: (targets B, parts C, H, W) in channels_last."""
+    parts = [part for row in group for part in row]
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        joined: Tensor = _Join.apply(len(group), *parts)  # type: ignore[no-untyped-call]
+        return joined
+    return _Join.forward(len(group), *parts)
+
+
+def _allocate(group: Sequence[Sequence[Tensor]]) -> Tensor:
+    x = group[0][0]
+    batch, channels, height, width = x.shape
+    shape = (len(group) * batch, height, width, len(group[0]) * channels)
+    return x.new_empty(shape).permute(0, 3, 1, 2)
+
+
+class _Join(torch.autograd.Function):
+    """Two concatenations and a change of the memory format in one pass."""
+
+    @staticmethod
+    def forward(targets: int, *parts: Tensor) -> Tensor:
+        step = len(parts) // targets
+        rows = [parts[start : start + step] for start in range(0, len(parts), step)]
+        joined = _allocate(rows)
+        for slot, row in zip(joined.chunk(targets), rows, strict=True):
+            for target, part in zip(slot.chunk(step, dim=1), row, strict=True):
+                target.copy_(part)
+        return joined
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        targets, *parts = inputs
+        ctx.targets, ctx.step = targets, len(parts) // targets
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slots = gradients[0].chunk(ctx.targets)
+        return None, *(part for slot in slots for part in slot.chunk(ctx.step, dim=1))
