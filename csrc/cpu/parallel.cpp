@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -35,22 +36,8 @@ struct Job {
   }
 };
 
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Threads look out for the next job, or its end, for some 20 microseconds, the time between two phases of
-// one call, and then sleep: a pool that goes on spinning takes the cores from PyTorch's own threads.
-constexpr int kLooks = 1000;
-template <class Condition>
-void look_out(const Condition& condition) {
-  for (int i = 0; i < kLooks && !condition(); ++i) relax();
-}
-
+// Threads of our own, for where there is no OpenMP. They wait on a condition variable: a pool that spins
+// would take the cores from others.
 class Pool {
  public:
   void run(Job& job, int threads) {
@@ -67,7 +54,6 @@ class Pool {
     }
     wake_.notify_all();
     job.run(0);
-    look_out([this] { return pending_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return pending_ == 0; });
     job_ = nullptr;
@@ -78,9 +64,8 @@ class Pool {
  private:
   void loop(int worker) {
     uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      look_out([&] { return generation_ != seen; });
-      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (worker > wanted_) continue;
@@ -97,24 +82,35 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   Job* job_ = nullptr;
-  int wanted_ = 0;
-  // Written under the mutex; atomic so that look_out can read them without it.
-  std::atomic<int> pending_{0};
-  std::atomic<uint64_t> generation_{0};
+  int wanted_ = 0, pending_ = 0;
+  uint64_t generation_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destruction. A child of fork() has none of the
-// threads, so it starts with a new pool.
-Pool* pool = nullptr;
+// OpenMP's entry point for a team of threads, in GCC's naming, which Clang's and Intel's runtimes share.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-Pool& get_pool() {
+// What runs jobs in this process. PyTorch's own threads wait for their next work by spinning, for
+// milliseconds, so a second pool beside them would get half of the cores. If PyTorch has loaded an OpenMP
+// runtime, its team is the one to use. OpenMP does not survive fork(): a child has a pool of ours.
+struct Threads {
+  Team team;
+  Pool pool;
+};
+Threads* threads_of_process = nullptr;  // never destroyed: threads may outlive static destruction
+
+Threads& get_threads() {
   static std::once_flag once;
   std::call_once(once, [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    threads_of_process = new Threads{reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")), {}};
+    pthread_atfork(nullptr, nullptr, [] { threads_of_process = new Threads{nullptr, {}}; });
   });
-  return *pool;
+  return *threads_of_process;
 }
+
+struct TeamJob {
+  Job& job;
+  std::atomic<int> workers{0};
+};
 
 }  // namespace
 
@@ -123,13 +119,23 @@ void run_tasks(int64_t count, int threads, void (*task)(void*, int64_t, int), vo
   Job job{count, task, context};
   if (threads > count) threads = static_cast<int>(count);
   if (threads > 1) {
-    Pool& shared = get_pool();
-    // A second Python thread that calls meanwhile computes on its own thread: same result, no wait.
-    std::unique_lock<std::mutex> owner(shared.owner(), std::try_to_lock);
-    if (owner.owns_lock()) {
-      shared.run(job, threads);
+    Threads& shared = get_threads();
+    if (shared.team) {
+      TeamJob team_job{job};
+      shared.team(
+          [](void* data) {
+            TeamJob& mine = *static_cast<TeamJob*>(data);
+            mine.job.run(mine.workers.fetch_add(1));
+          },
+          &team_job, static_cast<unsigned>(threads), 0);
     } else {
-      job.run(0);
+      // A second Python thread that calls meanwhile computes on its own thread: same result, no wait.
+      std::unique_lock<std::mutex> owner(shared.pool.owner(), std::try_to_lock);
+      if (owner.owns_lock()) {
+        shared.pool.run(job, threads);
+      } else {
+        job.run(0);
+      }
     }
   } else {
     job.run(0);
