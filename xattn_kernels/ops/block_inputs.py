@@ -136,7 +136,7 @@ def block_outputs(
     if out is None:
         flat = [new_output(inputs.features[q], inputs.features[q].size(1)) for q in queries]
         shaped = [
-            x if len(inputs.spatial[q]) == 1 else x.unflatten(2, inputs.spatial[q])
+            x if len(inputs.spatial[q]) == 1 else x.view(*x.shape[:2], *inputs.spatial[q])
             for x, q in zip(flat, queries, strict=True)
         ]
         return shaped, flat
