@@ -13,6 +13,8 @@ import torch
 
 from xattn_kernels import info
 
+BUSY = 0.7
+"""Load average from which times are not to be trusted."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,7 +50,7 @@ def to_text(environment: dict[str, Any]) -> str:
 def warnings(environment: dict[str, Any]) -> list[str]:
     """What makes figures of this run worth less."""
     found = []
-    if environment["load"] > 0.5:
+    if environment["load"] > BUSY:
         found.append(f"the machine is busy: load average {environment['load']:.1f}")
     if "cpu" not in environment["engines"]:
         found.append("the native module is not there, so the reference engine is measured")

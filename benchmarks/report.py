@@ -120,4 +120,4 @@ def _digits(value: float) -> int:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell.lstrip("~<>= ")[:1].isdigit()
+    return cell in ("", "-") or cell.lstrip("~<>= ")[:1].isdigit()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     console.width = max(console.width, WIDTH)
-    start = time.perf_counter()
+    start, load = time.perf_counter(), os.getloadavg()[0]
     try:
         photograph = open_photograph(options.image) if options.image else bundled_photograph()
     except ImageError as error:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.measure_naive()
     seconds = time.perf_counter() - start
     image = "china.jpg of scikit-learn" if options.image is None else options.image.name
-    report = make_report(image, run, seconds)
+    report = make_report(image, run, seconds, load)
     (options.out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(options.out / "demo.png", fit(photograph, sizes[-1]), report)
     show(console, report)

@@ -45,7 +45,7 @@ def draw(path: Path, photograph: Image.Image, report: dict[str, Any]) -> None:
     time.legend(handles=handles, loc="upper left", fontsize="small")
     facts = report["facts"]
     figure.suptitle(
-        f"CTAM and CSAM, {len(facts['tasks'])} tasks, 4 scales, fp32, {facts['threads']} threads, "
+        f"CTAM and CSAM, {len(facts['tasks'])} tasks, 4 scales, fp32, threads: {facts['threads']}, "
         f"{facts['processor']}",
         fontsize="medium",
     )

@@ -15,10 +15,12 @@ from xattn_kernels import explain, info
 
 COLUMNS = ("", "scales", "pairs", "GFLOP", "ms", "peak memory, MiB", "largest error")
 MIB = 2**20
+BUSY = 0.7
+"""Load average from which times are not to be trusted."""
 
 
-def make_report(image: str, run: Run, seconds: float) -> dict[str, Any]:
-    """Everything the demo found, as plain JSON values."""
+def make_report(image: str, run: Run, seconds: float, load: float) -> dict[str, Any]:
+    """Everything the demo found, as plain JSON values; `load` is the load average before it."""
     cpu = info.collect()["cpu"]
     facts = {
         "image": image,
@@ -29,6 +31,7 @@ def make_report(image: str, run: Run, seconds: float) -> dict[str, Any]:
         "threads": cpu["threads"],
         "torch": torch.__version__,
         "engine": explain("cross_attention_block", torch.empty(1, 36, 1)).engine,
+        "load": load,
         "seconds": round(seconds, 1),
     }
     points = [asdict(point) for point in run.points]
@@ -72,7 +75,7 @@ def _row(point: dict[str, Any]) -> list[str]:
 
 def _notes(facts: dict[str, Any], run: Run) -> list[str]:
     notes = [
-        f"{facts['processor']} ({facts['isa']}), {facts['threads']} threads, torch "
+        f"{facts['processor']} ({facts['isa']}), threads: {facts['threads']}, torch "
         f"{facts['torch']}; the fused blocks run on the engine {facts['engine']!r}.",
         "Counted are attention passes with their projections, fuse blocks and adapters; not the "
         "backbone and the heads, which are the same for all.",
@@ -88,5 +91,10 @@ def _notes(facts: dict[str, Any], run: Run) -> list[str]:
         notes.append(
             "modelled: not run, for want of memory or time; scaled by the cost model from the "
             "largest resolution that was."
+        )
+    if facts["load"] > BUSY:
+        notes.append(
+            f"The machine was busy (load average {facts['load']:.1f} before the start): take the "
+            "times with care."
         )
     return notes

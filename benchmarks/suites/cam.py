@@ -20,8 +20,8 @@ from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
 from xattn_kernels.testing.measure import interleaved
 
-OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "torch.compile", "fused", "fused bf16"
-VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs torch.compile", "bf16 vs fp32"
+OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "compiled", "fused", "fused bf16"
+VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs compiled", "bf16 vs fp32"
 
 Call = Callable[[], Any]
 
@@ -39,7 +39,7 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
         COMPILED: environment.compiler_error(),
         BF16: _bf16_error(),
     }
-    result.notes += [f"No {name}: {reason}." for name, reason in missing.items() if reason]
+    result.notes += [f"Without {name}: {reason}." for name, reason in missing.items() if reason]
     for number in SCALES:
         scale = Scale(number)
         say(f"scale {number}: checking")

@@ -53,9 +53,9 @@ def run(preset: Preset, say: Callable[[str], None], all_tokens: Sequence[int] = 
         f"Tiny call {TINY}: {name} {value:.1f} us." for name, value in overhead.items()
     ]
     span = f"N={all_tokens[0]} to {all_tokens[-1]}"
+    result.notes.append(f"The time grows as N^{exponent:.3f}.")
     result.bars = [
-        Bar(f"linear core, growth exponent of the time, {span}", 1.1, "<=", exponent),
-        Bar(f"linear core, growth exponent of the time, {span}", 0.9, ">=", exponent),
+        Bar(f"linear core, {span}, |growth exponent - 1|", 0.1, "<=", abs(exponent - 1)),
         Bar(
             "linear core, overhead of a call of the registered operator",
             25.0,

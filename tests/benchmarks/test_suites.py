@@ -52,7 +52,7 @@ def test_cam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cam, "_bf16_error", lambda: None)
     result = cam.run(SMOKE, quiet)
     complete(result, without=(cam.COMPILED, cam.VS_COMPILED))
-    assert "No torch.compile: no compiler today." in result.notes
+    assert "Without compiled: no compiler today." in result.notes
     assert len(result.bars) == 5
 
 
@@ -61,7 +61,7 @@ def test_cam_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "compiler_error", lambda: "no compiler today")
     monkeypatch.setattr(cam, "_bf16_error", lambda: "an old CPU")
     result = cam.run(SMOKE, quiet)
-    assert "No fused bf16: an old CPU." in result.notes
+    assert "Without fused bf16: an old CPU." in result.notes
     assert result.bars[-1].value is None
 
 
@@ -70,8 +70,8 @@ def test_cam_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     result = cam_memory.run(SMOKE, quiet)
     complete(result)
     [row] = result.rows
-    assert row["inputs"] == pytest.approx(4 * 4 * 144 * 1200 / 2**20)
-    assert row["outputs"] == pytest.approx(3 * row["inputs"])
+    assert row["features"] == pytest.approx(4 * 4 * 144 * 1200 / 2**20)
+    assert row["outputs"] == pytest.approx(3 * row["features"])
     # Outputs are written, so they are resident; a little more for what was there before.
     assert row["rise"] > 0.9 * row["outputs"]
 
