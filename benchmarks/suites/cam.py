@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.checks import truths_in_one_order
-from benchmarks.core import Bar, Preset, Result, milliseconds, seconds_of
+from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
 from benchmarks.problems import SCALES, SCHEDULE, OpByOpSet, Scale
 from xattn_kernels.cost import MapSize, attention_cost
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
@@ -32,7 +32,8 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
         "CAM set: 12 edges, T=4, B=1, inference, NCHW",
         ["scale", OP_BY_OP, COMPILED, FUSED, VS_OP_BY_OP, VS_COMPILED, "GFLOP/s", BF16, GAIN],
         notes=[
-            "Times in ms: median ± half the interquartile range; every call allocates its outputs."
+            f"{TIMES}; every call allocates its outputs. compiled: torch.compile of op by op, all "
+            "edges in one graph."
         ],
     )
     missing = {
