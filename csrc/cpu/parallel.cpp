@@ -98,11 +98,15 @@ struct Threads {
 };
 Threads* threads_of_process = nullptr;  // never destroyed: threads may outlive static destruction
 
+// From the moment this module is loaded: PyTorch may have used its team before we do.
+[[maybe_unused]] const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { threads_of_process = new Threads{nullptr, {}}; });
+
 Threads& get_threads() {
   static std::once_flag once;
   std::call_once(once, [] {
-    threads_of_process = new Threads{reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")), {}};
-    pthread_atfork(nullptr, nullptr, [] { threads_of_process = new Threads{nullptr, {}}; });
+    if (threads_of_process == nullptr)
+      threads_of_process = new Threads{reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")), {}};
   });
   return *threads_of_process;
 }
