@@ -435,12 +435,12 @@ int64_t operand_bytes(const BlockProblem& p) {
 }
 
 // Runs the outputs in waves, so that the states alive at a time stay below 1/8 of what the call reads and
-// writes; they are many times the features where maps are small and wide. A wave is a number of states
-// that the threads share evenly, and does not change any result.
+// writes; they are many times the features where maps are small and wide. A wave has at least three states
+// a thread, a number that the threads share evenly, and does not change any result.
 template <class Op>
 void run_in_waves(const BlockProblem& p, int threads) {
   const int64_t state = p.batch * (p.channels + 1) * row_length<Op>(p.channels) * int64_t(sizeof(typename Op::Real));
-  int64_t most = max64(operand_bytes<Op>(p) / 8 / max64(state, 1), threads);
+  int64_t most = max64(operand_bytes<Op>(p) / 8 / max64(state, 1), 3 * threads);
   most -= most % max64(threads, 1);
   for (int64_t first = 0, last = 0; first < p.outputs.size; first = last) {
     for (++last; last < p.outputs.size; ++last)
