@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn_kernels.ops.features import ACCUMULATORS, describe, is_transformed
+from xattn_kernels.ops.features import ACCUMULATORS, describe
 
 KINDS = ("linear", "softmax")
 
@@ -92,12 +92,5 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def in_format_of(x: Tensor, like: Tensor) -> Tensor:
     """`x` (B, C, H, W) in channels_last order if `like` is, else contiguous."""
-    if is_transformed():
-        return x
     last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` (B, C, H, W) in channels_last order, in which convolutions are fastest on CPUs."""
-    return x if is_transformed() else x.contiguous(memory_format=torch.channels_last)

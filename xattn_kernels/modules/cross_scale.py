@@ -13,7 +13,6 @@ from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
-    channels_last,
     check_features,
     check_kind,
     check_width,
@@ -69,7 +68,8 @@ class _Scales(CacheOwner):
 
     def _attend(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Attended maps [target][source - target - 1]."""
-        coarse = [channels_last(x) for x in features[1:]]
+        last = torch.channels_last
+        coarse = [x.contiguous(memory_format=last) for x in features[1:]]
         return [self._attend_target(t, features[t], coarse[t:]) for t in range(len(coarse))]
 
     def _attend_target(self, t: int, target: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
@@ -224,7 +224,10 @@ class CrossScaleHead(_Scales):
         rows = [[x, *row] for x, row in zip(cast, [*self._attend(cast), []], strict=True)]
         if not is_stock(self.last_layer):
             return self._call_layers(rows)
-        inputs = [torch.cat([channels_last(part) for part in row], dim=1) for row in rows]
+        last = torch.channels_last
+        inputs = [
+            torch.cat([part.contiguous(memory_format=last) for part in row], dim=1) for row in rows
+        ]
         compiling = torch.compiler.is_compiling()
         if not compiling and is_inference([self.last_layer], inputs):
             with without_autocast(cast[0]):

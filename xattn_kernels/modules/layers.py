@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels.ops.features import is_transformed
-
 
 class Projection(nn.Module):
     """1x1 convolution without bias, then batch norm: (B, C, H, W) -> (B, C, H, W)."""
@@ -73,10 +71,7 @@ def is_stock(*modules: nn.Module) -> bool:
 
     Then others may compute it for them. False with hooks or where a layer was replaced
     (`nn.SyncBatchNorm`, a quantised, pruned or parametrised convolution): those have to be called.
-    False, too, under the transforms of `torch.func`, which know the layers but not our shortcuts.
     """
-    if is_transformed():
-        return False
     stack = list(modules)
     while stack:
         module = stack.pop()
