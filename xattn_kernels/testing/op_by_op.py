@@ -86,7 +86,10 @@ class CrossAttention(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a projected shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two 3x3 convolutions with a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
+
+    The shortcut is the input itself where the widths are equal, else a projection.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, momentum: float) -> None:
         super().__init__()
@@ -94,13 +97,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels, momentum=momentum)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels, momentum=momentum)
-        self.downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        )
+        self.downsample: nn.Module | None = None
+        if in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.downsample(x))
+        return F.relu(residual + (x if self.downsample is None else self.downsample(x)))
 
 
 class CrossTaskAttention(nn.Module):
