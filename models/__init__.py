@@ -2,4 +2,18 @@
 
 from xattn_kernels._version import __version__
 
-__all__ = ["__version__"]
+from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from .configs import CONFIGS, Config, config
+from .sca_mtl import SCAMTL, sca_mtl
+
+__all__ = [
+    "CONFIGS",
+    "SCAMTL",
+    "Config",
+    "__version__",
+    "config",
+    "load_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+    "sca_mtl",
+]

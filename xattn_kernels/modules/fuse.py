@@ -97,6 +97,7 @@ def _folded(block: BasicBlock, dtype: torch.dtype, cache: DerivedCache) -> tuple
 
 
 def _shortcut(block: BasicBlock) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    assert block.downsample is not None
     convolution, norm = block.downsample
     assert isinstance(convolution, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)

@@ -37,30 +37,37 @@ class ProjectionSet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a projected shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
+    """Two 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
     He et al., "Deep Residual Learning for Image Recognition" (2015), fig. 5.
+
+    Args:
+        in_channels: width C_in.
+        out_channels: width C_out.
+        momentum: of both batch norms; that of the shortcut has torch's default.
+        shortcut: have the shortcut projected by a 1x1 convolution and batch norm; without, it is
+            the input itself and C_in = C_out.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, momentum: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, momentum: float, *, shortcut: bool = True
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels, momentum=momentum)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels, momentum=momentum)
-        self.downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        )
+        self.downsample: nn.Sequential | None = None
+        if shortcut:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(hidden)) + self.downsample(x))
-
-    def with_weights(self, x: Tensor, conv1: Tensor, shortcut: Tensor) -> Tensor:
-        """Run with other weights in place of those of the two convolutions that see `x`."""
-        hidden = F.relu(self.bn1(F.conv2d(x, conv1, padding=1)))
-        residual: Tensor = self.bn2(self.conv2(hidden))
-        return F.relu(residual + self.downsample[1](F.conv2d(x, shortcut)))
+        hidden = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = self.bn2(self.conv2(hidden))
+        residual += x if self.downsample is None else self.downsample(x)
+        return F.relu(residual, inplace=True)
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, Projection, ProjectionSet, BasicBlock)

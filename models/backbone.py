@@ -1,0 +1,82 @@
+"""Pyramids of four scales from timm's backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .timm_compat import import_timm
+
+STRIDES = (4, 8, 16, 32)
+
+
+def create_backbone(
+    name: str, *, pretrained: bool = False, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A timm backbone that gives features at strides 4, 8, 16 and 32; see `pyramid`.
+
+    HRNets are those of the SCA-MTL authors: the features of the last stage without timm's widening
+    modules, bilinear upsampling (align_corners=False) where timm has nearest, batch norm momentum
+    0.01. Their `state_dict` has the names and shapes of the authors'. Swin transformers take images
+    of any size.
+
+    Args:
+        name: a model of timm, such as "hrnet_w18_small_v2", "resnet50", "convnext_tiny".
+        pretrained: load ImageNet weights, which timm downloads or has downloaded.
+        arguments: further arguments for `timm.create_model`.
+
+    Raises:
+        ValueError: for an unknown name, and for a model without these four scales.
+    """
+    timm = import_timm()
+    is_hrnet = timm.models.is_model_in_modules(name.split(".")[0], ["hrnet"])
+    settings: dict[str, Any] = {"out_indices": (-4, -3, -2, -1)}
+    if is_hrnet:
+        settings = {"out_indices": (1, 2, 3, 4), "feature_location": ""}
+    elif timm.models.is_model_in_modules(
+        name.split(".")[0], ["swin_transformer", "swin_transformer_v2"]
+    ):
+        settings["strict_img_size"] = False
+    if not timm.is_model(name):
+        close = timm.list_models(f"{name.split('_')[0]}*")[:8]
+        raise ValueError(
+            f"backbone: got {name!r}, expected a model of timm {timm.__version__}"
+            + (f", such as {', '.join(close)}" if close else "")
+        )
+    settings.update(arguments or {})
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, features_only=True, **settings)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        if pretrained:
+            raise
+        raise ValueError(_no_pyramid(name, str(error))) from error
+    strides = tuple(backbone.feature_info.reduction())
+    if strides != STRIDES:
+        raise ValueError(_no_pyramid(name, f"its last four features have strides {strides}"))
+    if is_hrnet:
+        for module in backbone.modules():
+            if isinstance(module, nn.Upsample):
+                module.mode, module.align_corners = "bilinear", False
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.01
+    result: nn.Module = backbone
+    return result
+
+
+def widths(backbone: nn.Module) -> list[int]:
+    """Channels of the four scales, finest first."""
+    return list(backbone.feature_info.channels())  # type: ignore[operator, union-attr]
+
+
+def pyramid(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    """The four feature maps (B, C_s, H / 4 / 2^s, W / 4 / 2^s) of an image (B, 3, H, W)."""
+    features = backbone(image)
+    if str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC":
+        features = [x.permute(0, 3, 1, 2) for x in features]
+    return list(features)
+
+
+def _no_pyramid(name: str, reason: str) -> str:
+    return f"backbone: got {name!r}, expected features at strides {STRIDES}: {reason}"

@@ -1,0 +1,221 @@
+"""The SCA-MTL network: sequential cross-attention across tasks, then across scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn_kernels.modules import CrossScaleHead, CrossTaskAttention
+from xattn_kernels.modules.checks import check_names, check_width
+
+from .backbone import STRIDES, create_backbone, pyramid, widths
+from .propagation import FeaturePropagation
+from .task_heads import InitialPrediction
+from .window_attention import WindowTransformer, heads_for
+
+OUTPUTS = {"semseg": 40, "human_parts": 7, "sal": 1, "normals": 3, "edge": 1, "depth": 1}
+"""Channels of a task's output where nothing else is said."""
+
+ATTENTION_HEADS = 6
+SCALES = len(STRIDES)
+
+Output = dict[str, Any]
+
+
+class SCAMTL(nn.Module):
+    """Dense predictions of several tasks from one image.
+
+    With b_s a feature map of the backbone at stride 2^(s+2), for scales s = 3, 2, 1, 0::
+
+        x_s = [ATT_s(b_s), b_s]                                    (B, C_s, H_s, W_s)
+        f_st, deep supervision_st = initial prediction_s(x_s, ^p_(s+1)t)
+        g_s = CTAM_s(f_s)                         cross-attention between tasks
+        p_s = FPMA_s(g_s)                         propagation, s > 0
+        y_t = ^(CSAM and head)_t(g_0t .. g_3t)    cross-attention between scales
+
+    and ^ the bilinear interpolation (align_corners=False) by 2, and to the image's size. Kim, Choi,
+    Min, "Sequential Cross Attention Based Multi-task Learning" (ICIP 2022, arXiv 2209.02518).
+
+    Parameters and buffers have the names, shapes and order of the authors' released code:
+    ``backbone.*``, ``swTransform{1..4}.*``, ``fpm_scale_{3,2,1}.*``, ``scale_{0..3}.*``,
+    ``distillation_scale_{0..3}.*``, ``heads.<t>.*``.
+
+    `sca_mtl` builds one from the name of a backbone.
+
+    Args:
+        backbone: a pyramid of four scales, see `create_backbone`.
+        tasks: names of the tasks, in the order in which their features are concatenated.
+        num_outputs: channels of every task's output.
+        auxiliary_tasks: names of the tasks that are predicted initially and attended to, in the
+            order of concatenation; contains `tasks`. Those that are no targets have deep
+            supervision alone, and their initial features are what is propagated. Default: `tasks`.
+        kind: "linear" or "softmax" cross-attention, see `xattn_kernels.modules.CrossAttention`.
+        task_softmax: see `FeaturePropagation`.
+
+    Attributes:
+        channels: the widths C_s, finest scale first: twice those of the backbone.
+
+    Raises:
+        ValueError: for a single task, duplicate names, a target that is no auxiliary task, or
+            `num_outputs` of other tasks.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tasks: Sequence[str],
+        num_outputs: Mapping[str, int],
+        auxiliary_tasks: Sequence[str] | None = None,
+        *,
+        kind: str = "linear",
+        task_softmax: bool = False,
+    ) -> None:
+        check_names("tasks", tasks)
+        if auxiliary_tasks is not None:
+            check_names("auxiliary_tasks", auxiliary_tasks)
+        sources = tuple(tasks if auxiliary_tasks is None else auxiliary_tasks)
+        if set(num_outputs) != set(sources):
+            raise ValueError(
+                f"num_outputs: got tasks {list(num_outputs)}, expected those of the network, "
+                f"{list(sources)}"
+            )
+        for task, count in num_outputs.items():
+            check_width(f"num_outputs[{task!r}]", count)
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.auxiliary_tasks = sources
+        self.num_outputs = {task: num_outputs[task] for task in sources}
+        base = widths(backbone)
+        self.channels = tuple(2 * width for width in base)
+
+        self.backbone = backbone
+        for s, width in enumerate(base):
+            attention = WindowTransformer(width, heads_for(width, ATTENTION_HEADS))
+            self.add_module(f"swTransform{s + 1}", attention)
+        for s in range(SCALES - 1, 0, -1):
+            propagation = FeaturePropagation(sources, self.channels[s], task_softmax=task_softmax)
+            self.add_module(f"fpm_scale_{s}", propagation)
+        for s, (width, coarser) in enumerate(
+            zip(self.channels, (*self.channels[1:], 0), strict=True)
+        ):
+            self.add_module(f"scale_{s}", InitialPrediction(self.num_outputs, width, coarser))
+        for s, width in enumerate(self.channels):
+            distillation = CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind)
+            self.add_module(f"distillation_scale_{s}", distillation)
+        self.heads = nn.ModuleDict(
+            {task: CrossScaleHead(self.channels, num_outputs[task], kind=kind) for task in tasks}
+        )
+
+    def forward(self, image: Tensor) -> Output:
+        """Predict.
+
+        Args:
+            image: (B, 3, H, W) with H and W divisible by 32, in the parameters' dtype (under
+                autocast, any), normalised as the backbone expects.
+
+        Returns:
+            (B, n_t, H, W) for every task: logits, or values for depth and normals. And under
+            "deep_supervision" a dict of "scale_0" .. "scale_3", each a dict of the initial
+            predictions (B, n_t, H / 4 / 2^s, W / 4 / 2^s) of every auxiliary task.
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for another shape; in training, for a single value per channel.
+        """
+        _check_image(image)
+        scales = [
+            torch.cat([self.get_submodule(f"swTransform{s + 1}")(x), x], dim=1)
+            for s, x in enumerate(pyramid(self.backbone, image))
+        ]
+        refined: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
+        supervised = {}
+        propagated: dict[str, Tensor] | None = None
+        for s in reversed(range(SCALES)):
+            if propagated is not None:
+                size = scales[s].shape[2:]
+                propagated = {task: _resize(x, size) for task, x in propagated.items()}
+            initial, supervised[f"scale_{s}"] = self.get_submodule(f"scale_{s}")(
+                scales[s], propagated
+            )
+            attended = self.get_submodule(f"distillation_scale_{s}")(initial)
+            for task, x in attended.items():
+                refined[task].insert(0, x)
+            if s > 0:
+                propagated = self.get_submodule(f"fpm_scale_{s}")(initial | attended)
+        output: Output = {
+            task: _resize(head(refined[task]), image.shape[2:]) for task, head in self.heads.items()
+        }
+        output["deep_supervision"] = dict(sorted(supervised.items()))
+        return output
+
+
+def sca_mtl(
+    tasks: Sequence[str] = ("semseg", "depth", "normals", "edge"),
+    num_outputs: Mapping[str, int] | None = None,
+    backbone: str = "hrnet_w18_small_v2",
+    pretrained: bool = False,
+    auxiliary_tasks: Sequence[str] | None = None,
+    kind: str = "linear",
+    *,
+    task_softmax: bool = False,
+    backbone_arguments: Mapping[str, Any] | None = None,
+) -> SCAMTL:
+    """An `SCAMTL` on a backbone of timm.
+
+    Args:
+        tasks: see `SCAMTL`.
+        num_outputs: channels of every task's output; by default those of `OUTPUTS`.
+        backbone: name of a timm model with features at strides 4, 8, 16 and 32, such as
+            "hrnet_w18_small_v2" (the published one), "hrnet_w48", "resnet50",
+            "swin_tiny_patch4_window7_224", "convnext_tiny".
+        pretrained: load ImageNet weights into the backbone, which timm downloads if need be.
+        auxiliary_tasks: see `SCAMTL`.
+        kind: see `SCAMTL`.
+        task_softmax: see `FeaturePropagation`.
+        backbone_arguments: further arguments for `timm.create_model`.
+
+    Raises:
+        ModuleNotFoundError: without timm; says how to install it.
+        ValueError: for a backbone without these scales, an unknown name, a task whose number of
+            outputs is not known, and as `SCAMTL`.
+    """
+    if num_outputs is None:
+        names = tasks if auxiliary_tasks is None else auxiliary_tasks
+        check_names("tasks", names)
+        unknown = [task for task in names if task not in OUTPUTS]
+        if unknown:
+            raise ValueError(
+                f"num_outputs: got None, expected the numbers of outputs, for {unknown} are not "
+                f"among the known tasks {list(OUTPUTS)}"
+            )
+        num_outputs = {task: OUTPUTS[task] for task in names}
+    return SCAMTL(
+        create_backbone(backbone, pretrained=pretrained, arguments=backbone_arguments),
+        tasks,
+        num_outputs,
+        auxiliary_tasks,
+        kind=kind,
+        task_softmax=task_softmax,
+    )
+
+
+def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image: got {kind}, expected a floating-point tensor")
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: got shape {tuple(image.shape)}, expected (B, 3, H, W)")
+    height, width = image.shape[2:]
+    if height % STRIDES[-1] or width % STRIDES[-1] or 0 in (height, width):
+        raise ValueError(
+            f"image: got height {height} and width {width}, expected multiples of {STRIDES[-1]}; "
+            "xattn_models.predict pads images of other sizes and crops what it predicts"
+        )
+
+
+def _resize(x: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
