@@ -152,14 +152,16 @@ def relative_positions() -> Tensor:
 def to_windows(x: Tensor) -> Tensor:
     """Tokens (B, H, W, C), with H and W multiples of 7, as windows (N, 49, C)."""
     windows = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))
-    return windows.transpose(2, 3).reshape(-1, WINDOW**2, x.shape[3])
+    result: Tensor = windows.transpose(2, 3).reshape(-1, WINDOW**2, x.shape[3])
+    return result
 
 
 def from_windows(windows: Tensor, size: torch.Size) -> Tensor:
     """The inverse of `to_windows` for tokens of shape `size`."""
     batch, height, width, channels = size
     x = windows.view(batch, height // WINDOW, width // WINDOW, WINDOW, WINDOW, channels)
-    return x.transpose(2, 3).reshape(size)
+    result: Tensor = x.transpose(2, 3).reshape(size)
+    return result
 
 
 def shift_mask(height: int, width: int, shift: int, like: Tensor) -> Tensor:
