@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xattn_kernels import functional
 from xattn_kernels.modules import normalisation
@@ -82,22 +81,6 @@ def can_pack(blocks: Sequence[ProjectionSet], features: Sequence[Tensor]) -> boo
     if any(p.conv.bias is not None for p in projections):
         return False
     return normalisation.agree([p.bn for p in projections])
-
-
-def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> bool:
-    """Whether no gradient can be asked for and every batch norm below uses running statistics."""
-    gradient = torch.is_grad_enabled()
-    if gradient and any(x.requires_grad for x in features):
-        return False
-    stack = list(blocks)
-    while stack:
-        module = stack.pop()
-        if isinstance(module, nn.BatchNorm2d) and normalisation.uses_batch(module):
-            return False
-        if gradient and any(p is not None and p.requires_grad for p in module._parameters.values()):
-            return False
-        stack += [child for child in module._modules.values() if child is not None]
-    return True
 
 
 def attend(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels import functional
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
@@ -18,6 +18,7 @@ from xattn_kernels.modules.checks import (
     without_autocast,
 )
 from xattn_kernels.modules.layers import ProjectionSet
+from xattn_kernels.modules.normalisation import is_inference
 
 _ONE_EDGE = Wiring(((0, 1, 0),), 2)
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn_kernels import functional
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
@@ -21,10 +22,8 @@ from xattn_kernels.modules.checks import (
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
 from xattn_kernels.modules.layers import is_stock, sum_repeats
+from xattn_kernels.modules.normalisation import is_inference
 from xattn_kernels.ops.features import ACCUMULATORS
-
-CHUNK = 120
-"""Hidden channels of the head that exist at a time in inference."""
 
 
 class _Scales(CacheOwner):
@@ -222,58 +221,61 @@ class CrossScaleHead(_Scales):
         self._check(features)
         cast = [cast_for_autocast(x) for x in features]
         rows = [[x, *row] for x, row in zip(cast, [*self._attend(cast), []], strict=True)]
-        if not is_stock(self.last_layer):
+        if not is_stock(self.last_layer) or cast[0].numel() == 0:
             return self._call_layers(rows)
-        last = torch.channels_last
-        inputs = [
-            torch.cat([part.contiguous(memory_format=last) for part in row], dim=1) for row in rows
-        ]
-        compiling = torch.compiler.is_compiling()
-        if not compiling and is_inference([self.last_layer], inputs):
-            with without_autocast(cast[0]):
-                return in_format_of(self._infer(inputs), features[0])
+        levels = [torch.cat(row, dim=1) if len(row) > 1 else row[0] for row in rows]
+        with without_autocast(cast[0]):
+            return in_format_of(self._aggregate(levels), features[0])
+
+    def _aggregate(self, levels: Sequence[Tensor]) -> Tensor:
+        """The last layer's output from [x_s, c_s..] of every scale."""
         first, norm, _, classifier = self.last_layer
-        assert isinstance(first, nn.Conv2d)
-        size = inputs[0].shape[2:]
-        weights = self._by_scale(first.weight)
-        hidden = F.conv2d(inputs[0], weights[0], first.bias)
-        for x, weight in zip(inputs[1:], weights[1:], strict=True):
-            hidden += _resize(F.conv2d(x, weight), size)
-        return in_format_of(classifier(F.relu(norm(hidden), inplace=True)), features[0])
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(classifier, nn.Conv2d)
+        dtype = ACCUMULATORS[levels[0].dtype]
+
+        def fold() -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
+            """Weights, scale, shift and classifier of `pyramid_projection`."""
+            weights = self._by_scale(first.weight.flatten(1).to(dtype))
+            scale, shift = norm.weight.to(dtype), norm.bias.to(dtype)
+            bias = None if first.bias is None else first.bias.to(dtype)
+            if not normalisation.uses_batch(norm):
+                assert norm.running_mean is not None and norm.running_var is not None
+                scale = scale * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+                shift = torch.addcmul(shift, norm.running_mean.to(dtype), scale, value=-1)
+                if bias is not None:
+                    shift = torch.addcmul(shift, bias, scale)
+            elif bias is not None:
+                shift = torch.add(shift, bias, alpha=0)  # does not matter, and has gradient zero
+            labels = None if classifier.bias is None else classifier.bias.to(dtype)
+            return weights, scale, shift, classifier.weight.flatten(1).to(dtype), labels
+
+        if normalisation.uses_batch(norm):
+            normalisation.check_size(levels[0])
+            output, mean, var = functional.pyramid_projection(
+                levels, *fold(), batch_statistics=True, eps=norm.eps
+            )
+            with torch.no_grad():
+                values = levels[0].numel() // levels[0].shape[1]
+                mean = mean if first.bias is None else mean + first.bias
+                normalisation.update(norm, mean, var * (values / (values - 1)))
+            return output
+        if not is_inference([self.last_layer], levels):
+            return functional.pyramid_projection(levels, *fold())
+
+        def make() -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
+            weights, scale, shift, labels, bias = fold()
+            return [_transposed(w) for w in weights], scale, shift, _transposed(labels), bias
+
+        sources = [*normalisation.tensors(first, norm), *classifier.parameters()]
+        folded = self._cache.get("last_layer", sources, (dtype, norm.eps), make)
+        return functional.pyramid_projection(levels, *folded)
 
     def _by_scale(self, weight: Tensor) -> list[Tensor]:
         """The first convolution's weights for [x_s, c_s..] of each scale, without the repeats."""
         *parts, coarsest = weight.split(self._widths, dim=1)
         folded = [sum_repeats(w, c) for w, c in zip(parts, self.channels, strict=False)]
         return [*folded, coarsest]
-
-    def _infer(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The aggregation in inference, a few hidden channels at a time: they never all exist."""
-        first, norm, _, classifier = self.last_layer
-        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        assert isinstance(classifier, nn.Conv2d)
-        dtype = inputs[0].dtype
-
-        def make() -> tuple[list[Tensor], Tensor]:
-            weight, bias = normalisation.fold([first], [norm], ACCUMULATORS[dtype])
-            return [w.to(dtype) for w in self._by_scale(weight[0])], bias[0].to(dtype)
-
-        sources = normalisation.tensors(first, norm)
-        weights, bias = self._cache.get("last_layer", sources, (dtype, norm.eps), make)
-        size = inputs[0].shape[2:]
-        output = None
-        for start in range(0, len(bias), CHUNK):
-            part = slice(start, start + CHUNK)
-            hidden = F.conv2d(inputs[0], weights[0][part], bias[part])
-            for x, weight in zip(inputs[1:], weights[1:], strict=True):
-                hidden += _resize(F.conv2d(x, weight[part]), size)
-            scores = F.conv2d(hidden.relu_(), classifier.weight[:, part].to(dtype))
-            scores = scores.to(ACCUMULATORS[dtype])
-            output = scores if output is None else output.add_(scores)
-        assert output is not None
-        if classifier.bias is not None:
-            output += classifier.bias[:, None, None]
-        return output.to(dtype)
 
     def _call_layers(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
         """The aggregation with every layer called, for layers that are not the stock ones."""
@@ -282,6 +284,11 @@ class CrossScaleHead(_Scales):
         resized = [_resize(part, size) for part in (*parts, rows[-1][0])]
         output: Tensor = self.last_layer(torch.cat(resized, dim=1))
         return output
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """`weight` with its rows along the fastest dimension, as kernels read it."""
+    return weight.t().contiguous().t()
 
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:

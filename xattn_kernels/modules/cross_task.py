@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack, is_inference
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
@@ -20,6 +20,7 @@ from xattn_kernels.modules.checks import (
 from xattn_kernels.modules.cross_attention import CrossAttention
 from xattn_kernels.modules.fuse import Buffers, fuse
 from xattn_kernels.modules.layers import BasicBlock, is_stock
+from xattn_kernels.modules.normalisation import is_inference
 
 
 class CrossTaskAttention(CacheOwner):
@@ -141,7 +142,7 @@ class CrossTaskAttention(CacheOwner):
             with without_autocast(sources[0]):
                 buffers = Buffers(targets, others)
                 attend_folded(blocks, self._wiring, cast, self._cache, "blocks", buffers.outputs)
-                fused = buffers.fuse(block, self._cache)
+                fused = buffers.fuse(block)
         else:
             if packable:
                 with without_autocast(sources[0]):

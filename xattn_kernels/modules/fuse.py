@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.cache import DerivedCache
-from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
-from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.modules.layers import BasicBlock, FoldedBlock, is_stock, sum_repeats
 
 GROUP_BYTES = 32 * 2**20
 """Size of the largest input made of several targets: the allocator reuses blocks up to it, and maps
@@ -34,7 +32,7 @@ def fuse(block: BasicBlock, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     if not is_stock(block):
         return [block(torch.cat([part for c in row for part in (x, c)], 1)) for x, *row in rows]
     channels = rows[0][0].shape[1]
-    shortcut, norm = _shortcut(block)
+    shortcut, norm = block.projected_shortcut()
     weight = sum_repeats(block.conv1.weight, channels)
     shortcut_weight = sum_repeats(shortcut.weight, channels)
     fused: list[Tensor] = []
@@ -70,38 +68,20 @@ class Buffers:
                 own.copy_(row[0])
                 self.outputs += outputs
 
-    def fuse(self, block: BasicBlock, cache: DerivedCache) -> list[Tensor]:
-        """The block's output for every target; its folded weights are kept in `cache`."""
+    def fuse(self, block: BasicBlock) -> list[Tensor]:
+        """The block's output for every target. Needs `is_stock` and inference."""
         fused: list[Tensor] = []
         for buffer, count in self._buffers:
-            w1, b1, w2, b2, w3 = _folded(block, buffer.dtype, cache)
-            hidden = F.conv2d(buffer, w1, b1, padding=1).relu_()
-            residual = F.conv2d(hidden, w2, b2, padding=1).add_(F.conv2d(buffer, w3))
-            fused += residual.relu_().chunk(count)
+            fused += block.cached("fuse", buffer.dtype, _without_repeats)(buffer).chunk(count)
         return fused
 
 
-def _folded(block: BasicBlock, dtype: torch.dtype, cache: DerivedCache) -> tuple[Tensor, ...]:
-    """Weights and biases of both convolutions, batch norms folded in, and the shortcut's weight."""
-    pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2), _shortcut(block)]
-
-    def make() -> tuple[Tensor, ...]:
-        folded = [normalisation.fold([c], [bn], ACCUMULATORS[dtype]) for c, bn in pairs]
-        (w1, b1), (w2, b2), (w3, b3) = ((w[0], b[0]) for w, b in folded)
-        channels = w1.shape[0]
-        parts = (sum_repeats(w1, channels), b1, w2, b2 + b3, sum_repeats(w3, channels))
-        return tuple(part.to(dtype) for part in parts)
-
-    sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
-    return cache.get("fuse", sources, (dtype, *(bn.eps for _, bn in pairs)), make)
-
-
-def _shortcut(block: BasicBlock) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    assert block.downsample is not None
-    convolution, norm = block.downsample
-    assert isinstance(convolution, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    return convolution, norm
+def _without_repeats(folded: FoldedBlock) -> FoldedBlock:
+    assert folded.shortcut is not None
+    channels = folded.conv1.shape[0]
+    return folded._replace(
+        conv1=sum_repeats(folded.conv1, channels), shortcut=sum_repeats(folded.shortcut, channels)
+    )
 
 
 def _normalise(bn: nn.BatchNorm2d, x: Tensor, count: int) -> Tensor:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xattn_kernels.modules import normalisation
+from xattn_kernels.modules.cache import CacheOwner, DerivedCache
+from xattn_kernels.modules.checks import cast_for_autocast, without_autocast
+from xattn_kernels.ops.features import ACCUMULATORS
 
 
 class Projection(nn.Module):
@@ -36,10 +44,35 @@ class ProjectionSet(nn.Module):
         return [module for module in modules if isinstance(module, Projection)]
 
 
-class BasicBlock(nn.Module):
+class FoldedBlock(NamedTuple):
+    """A `BasicBlock` in inference, its batch norms folded into the convolutions."""
+
+    conv1: Tensor
+    bias1: Tensor
+    conv2: Tensor
+    bias2: Tensor
+    """With that of the shortcut."""
+    shortcut: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = F.conv2d(x, self.conv1, self.bias1, padding=1).relu_()
+        residual = F.conv2d(hidden, self.conv2, self.bias2, padding=1)
+        residual += x if self.shortcut is None else F.conv2d(x, self.shortcut)
+        return residual.relu_()
+
+    def to(self, dtype: torch.dtype) -> FoldedBlock:
+        """In `dtype`, the weights in the memory format in which convolutions take them fastest."""
+        last = torch.channels_last
+        conv1, conv2 = (w.to(dtype, memory_format=last) for w in (self.conv1, self.conv2))
+        shortcut = None if self.shortcut is None else self.shortcut.to(dtype, memory_format=last)
+        return FoldedBlock(conv1, self.bias1.to(dtype), conv2, self.bias2.to(dtype), shortcut)
+
+
+class BasicBlock(CacheOwner):
     """Two 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    He et al., "Deep Residual Learning for Image Recognition" (2015), fig. 5.
+    He et al., "Deep Residual Learning for Image Recognition" (2015), fig. 5. In inference the batch
+    norms are folded into the convolutions, and the output is in channels_last.
 
     Args:
         in_channels: width C_in.
@@ -53,6 +86,7 @@ class BasicBlock(nn.Module):
         self, in_channels: int, out_channels: int, momentum: float, *, shortcut: bool = True
     ) -> None:
         super().__init__()
+        self._cache = DerivedCache()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels, momentum=momentum)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
@@ -64,10 +98,44 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and is_stock(self) and normalisation.is_inference([self], [x]):
+            x = cast_for_autocast(x).contiguous(memory_format=torch.channels_last)
+            with without_autocast(x):
+                return self.cached("block", x.dtype)(x)
         hidden = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(hidden))
         residual += x if self.downsample is None else self.downsample(x)
         return F.relu(residual, inplace=True)
+
+    def cached(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        change: Callable[[FoldedBlock], FoldedBlock] = lambda folded: folded,
+    ) -> FoldedBlock:
+        """The folded block in `dtype` after `change`, kept under `name`. Needs `is_stock`."""
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        if self.downsample is not None:
+            pairs.append(self.projected_shortcut())
+
+        def make() -> FoldedBlock:
+            folded = [normalisation.fold([c], [bn], ACCUMULATORS[dtype]) for c, bn in pairs]
+            (w1, b1), (w2, b2), *rest = ((w[0], b[0]) for w, b in folded)
+            for w3, b3 in rest:
+                return change(FoldedBlock(w1, b1, w2, b2 + b3, w3)).to(dtype)
+            return change(FoldedBlock(w1, b1, w2, b2, None)).to(dtype)
+
+        sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
+        return self._cache.get(name, sources, (dtype, *(bn.eps for _, bn in pairs)), make)
+
+    def projected_shortcut(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        """Convolution and batch norm of the shortcut. Needs `is_stock` and a projected one."""
+        assert self.downsample is not None
+        convolution, norm = self.downsample
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        return convolution, norm
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, Projection, ProjectionSet, BasicBlock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,22 @@ def agree(norms: Sequence[nn.BatchNorm2d]) -> bool:
     """Whether the norms agree in eps and in the kind of statistics."""
     eps, batch = norms[0].eps, uses_batch(norms[0])
     return all(bn.eps == eps and uses_batch(bn) == batch for bn in norms)
+
+
+def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> bool:
+    """Whether no gradient can be asked for and every batch norm below uses running statistics."""
+    gradient = torch.is_grad_enabled()
+    if gradient and any(x.requires_grad for x in features):
+        return False
+    stack = list(blocks)
+    while stack:
+        module = stack.pop()
+        if isinstance(module, nn.BatchNorm2d) and uses_batch(module):
+            return False
+        if gradient and any(p is not None and p.requires_grad for p in module._parameters.values()):
+            return False
+        stack += [child for child in module._modules.values() if child is not None]
+    return True
 
 
 def fold(
