@@ -1,0 +1,307 @@
+"""What `xattn_kernels.convert` knows: blocks of other code, and what stands for them.
+
+A block is recognised by the names of its submodules. Its replacement is one of this library's
+modules that holds the block's own layers, the same objects.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xattn_kernels.modules import (
+    CrossAttention,
+    CrossScaleAttention,
+    CrossScaleHead,
+    CrossTaskAttention,
+)
+
+KINDS = ("cross_attention", "cross_task_attention", "cross_scale_head")
+"""What is looked for: `CrossAttention`, `CrossTaskAttention`, `CrossScaleHead`."""
+OURS = (CrossAttention, CrossTaskAttention, CrossScaleAttention, CrossScaleHead)
+
+_CLASSES = {
+    "GlobalContextAttentionBlock": "cross_attention",
+    "MultiTaskDistillationModule": "cross_task_attention",
+}
+_EPS = 1e-12
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: nn.Conv2d,
+    nn.BatchNorm2d: nn.modules.batchnorm._BatchNorm,
+    nn.ReLU: nn.ReLU,
+}
+_STATELESS = (nn.ReLU, nn.Softplus, nn.Identity, nn.Upsample)
+_CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+HOOKS = _CALL_HOOKS + _STATE_HOOKS
+
+
+class Left(Exception):
+    """Why a block is not swapped."""
+
+    def __init__(self, reason: str, difference: float | None = None) -> None:
+        super().__init__(reason)
+        self.difference = difference
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of `KINDS` that a module looks like, by its class or what it is made of."""
+    children = module._modules.keys()
+    if children >= {"dimensionality_reduction", "cross_attention"}:
+        return "cross_task_attention"
+    if "last_layer" in children and any(c.startswith("cross_scale_attention") for c in children):
+        return "cross_scale_head"
+    if children >= {"query_project", "key_project", "value_project"}:
+        return "cross_attention"
+    return _CLASSES.get(type(module).__name__)
+
+
+class Converted(nn.Module):
+    """A block of this library that stands for one of the user's and shares its layers."""
+
+    def stand_for(self, original: nn.Module, arguments: Sequence[str], shared: list[str]) -> None:
+        """Remember the original, out of sight of `nn.Module`, and take on what it carries."""
+        self.__dict__["_original"] = original
+        self._arguments = tuple(arguments)
+        self._shared = tuple(shared)
+        for key, value in vars(original).items():
+            if not hasattr(self, key):
+                self.__dict__[key] = value
+
+    def release(self) -> nn.Module:
+        """The original, brought up to date."""
+        original: nn.Module = self.__dict__["_original"]
+        for path in self._shared:
+            parent, _, name = path.rpartition(".")
+            original.get_submodule(parent)._modules[name] = self.get_submodule(path)
+        ours = dict(self.named_modules(remove_duplicate=False))
+        for path, module in original.named_modules(remove_duplicate=False):
+            while path not in ours:  # an activation: its mode is that of what it is in
+                path = path.rpartition(".")[0]
+            module.training = ours[path].training
+            module._is_full_backward_hook = ours[path]._is_full_backward_hook
+        return original
+
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call by position, under the names that the original gives them."""
+        if not kwargs:
+            return args
+        rest = self._arguments[len(args) :]
+        if set(rest) != set(kwargs):
+            raise TypeError(f"got arguments {list(kwargs)}, expected {list(rest)}")
+        return (*args, *(kwargs[name] for name in rest))
+
+
+class ConvertedCrossAttention(Converted, CrossAttention):
+    """`CrossAttention`, called as the original: target, source."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return CrossAttention.forward(self, *self.in_order(args, kwargs))
+
+
+class ConvertedCrossTaskAttention(Converted, CrossTaskAttention):
+    """`CrossTaskAttention`, called as the original: with a dict that has `features_<task>`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        (given,) = self.in_order(args, kwargs)
+        features = {task: given[f"features_{task}"] for task in self.auxiliary_tasks}
+        return CrossTaskAttention.forward(self, features)
+
+
+class ConvertedCrossScaleHead(Converted, CrossScaleHead):
+    """`CrossScaleHead`, called as the original: with a list of scales, finest first."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return CrossScaleHead.forward(self, *self.in_order(args, kwargs))
+
+
+def assemble(original: nn.Module, kind: str) -> Converted:
+    """The replacement of a block of a kind, made of its layers.
+
+    Raises:
+        Left: if anything cannot be carried over exactly.
+    """
+    with torch.device("meta"):  # neither memory nor random numbers: its own layers go
+        module = _BLUEPRINTS[kind](original)
+    _check_state(original, module)
+    carried = [p for p, m in module.named_modules() if p == "" or isinstance(m, CrossAttention)]
+    shared = [p for p, m in module.named_modules(remove_duplicate=False) if not m._modules]
+    _check_modules(original, module, carried, shared)
+    for path in shared:
+        parent, _, name = path.rpartition(".")
+        module.get_submodule(parent)._modules[name] = original.get_submodule(path)
+    for path in carried:
+        mine, its = module.get_submodule(path), original.get_submodule(path)
+        for hooks in _CALL_HOOKS:  # the same dicts, so that handles can still remove them
+            mine.__dict__[hooks] = its.__dict__[hooks]
+        mine._is_full_backward_hook = its._is_full_backward_hook
+    for path, mine in module.named_modules(remove_duplicate=False):
+        its = original.get_submodule(path)
+        mine.training = its.training
+        if not isinstance(mine, nn.Sequential | nn.ModuleDict | nn.ModuleList):
+            order = [name for name in its._modules if name in mine._modules]
+            mine._modules = {name: mine._modules[name] for name in order}
+    if list(module.state_dict()) != list(original.state_dict()):
+        raise Left("its parameters come in another order")
+    module.stand_for(original, _arguments(original, kind), shared)
+    return module
+
+
+def _cross_attention(original: nn.Module) -> ConvertedCrossAttention:
+    return ConvertedCrossAttention(_shape(original, "query_project.0.conv.weight")[0])
+
+
+def _cross_task(original: nn.Module) -> ConvertedCrossTaskAttention:
+    channels = _shape(original, "dimensionality_reduction.conv1.weight")[0]
+    cross_attention = original._modules.get("cross_attention")
+    rows = {}
+    for task, row in cross_attention.named_children() if cross_attention is not None else ():
+        rows[task] = [name for name, _ in row.named_children()]
+    sources = _sources(rows)
+    try:
+        return ConvertedCrossTaskAttention(list(rows), channels, sources)
+    except ValueError as error:
+        raise Left(str(error)) from error
+
+
+def _sources(rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """All sources in the order that the rows have, each of which lacks its own task."""
+    if rows:
+        first, others = next(iter(rows.items()))
+        for place in range(len(others) + 1):
+            sources = [*others[:place], first, *others[place:]]
+            if all([s for s in sources if s != task] == row for task, row in rows.items()):
+                return sources
+    raise Left(f"its targets do not attend to the same tasks in one order: {dict(rows)}")
+
+
+def _head(original: nn.Module) -> ConvertedCrossScaleHead:
+    blocks = [c for c in original._modules if c.startswith("cross_scale_attention")]
+    count = len(blocks)
+    weight = "query_project.0.conv.weight"
+    widths = [_shape(original, f"cross_scale_attention{s}.{weight}")[0] for s in range(count)]
+    widths.append(_shape(original, f"upsample{count}{count - 1}.0.weight")[1])
+    outputs = _shape(original, "last_layer.3.weight")[0]
+    return ConvertedCrossScaleHead(widths, outputs)
+
+
+_BLUEPRINTS = {
+    "cross_attention": _cross_attention,
+    "cross_task_attention": _cross_task,
+    "cross_scale_head": _head,
+}
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    path, _, leaf = name.rpartition(".")
+    for part in path.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            raise Left(f"it has no {name}")
+        module = child
+    value = getattr(module, leaf, None)
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        raise Left(f"its {name} is not the weight of a convolution")
+    return tuple(value.shape)
+
+
+def _check_state(original: nn.Module, module: nn.Module) -> None:
+    """Names and shapes of parameters and buffers; statistics may be missing."""
+    its, mine = _tensors(original), _tensors(module)
+    missing = [k for k in mine if k not in its and not k.endswith(_STATISTICS)]
+    if missing:
+        raise Left(f"it has no {_some(missing)}")
+    further = [k for k in its if k not in mine]
+    if further:
+        raise Left(f"it has further parameters or buffers: {_some(further)}")
+    for name, x in its.items():
+        if x.shape != mine[name].shape:
+            raise Left(
+                f"its {name} is {tuple(x.shape)}, where {tuple(mine[name].shape)} is expected"
+            )
+
+
+def _check_modules(
+    original: nn.Module, module: nn.Module, carried: Sequence[str], shared: Sequence[str]
+) -> None:
+    """Layers, what is between them, hooks, and settings that only the attention has."""
+    its = dict(original.named_modules(remove_duplicate=False))
+    for path in shared:
+        expected = _LAYERS[type(module.get_submodule(path))]
+        if path not in its or not isinstance(its[path], expected):
+            found = type(its[path]).__name__ if path in its else "missing"
+            raise Left(f"its {path} is {found}, where {expected.__name__} is expected")
+    mine = dict(module.named_modules(remove_duplicate=False))
+    missing = [path for path in mine if path not in its]
+    if missing:
+        raise Left(f"it has no {_some(missing)}")
+    for path, part in its.items():
+        where = path or "the block itself"
+        if path not in mine and not isinstance(part, _STATELESS) and not _is_idle(part):
+            raise Left(f"it has an unknown submodule {path} ({type(part).__name__})")
+        eps = getattr(part, "eps", _EPS) if path in carried else _EPS
+        if eps != _EPS:
+            raise Left(f"the eps of {where} is {eps}, where {_EPS} is expected")
+        if path in shared:
+            continue
+        hooks = HOOKS if path not in carried else _STATE_HOOKS
+        if any(part.__dict__[name] for name in hooks):
+            raise Left(f"hooks on {where} would not run")
+
+
+def _is_idle(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(
+        itertools.chain(
+            module.named_parameters(remove_duplicate=False),
+            module.named_buffers(remove_duplicate=False),
+        )
+    )
+
+
+def _arguments(original: nn.Module, kind: str) -> tuple[str, ...]:
+    """Names of the arguments of `forward`; none if it does not tell."""
+    for path, module in original.named_modules():
+        where = f"of {path} " if path else ""
+        if "forward" in vars(module):
+            raise Left(f"the method forward {where}was replaced on the instance")
+        if module._compiled_call_impl is not None:
+            raise Left(f"a module of it {where}was compiled; convert before compiling")
+    count = 2 if kind == "cross_attention" else 1
+    parameters = list(inspect.signature(type(original).forward).parameters.values())[1:]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return ()
+    if len(positional) != count or len(parameters) != count:
+        raise Left(
+            f"its forward takes ({', '.join(map(str, parameters))}), where {count} "
+            f"argument{'s are' if count > 1 else ' is'} expected"
+        )
+    return tuple(positional)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
