@@ -18,6 +18,7 @@ from convert_support import (
     inference,
     norms,
     pair,
+    randomise,
     step,
     tree,
     whole_network,
