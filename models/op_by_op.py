@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from xattn_kernels.testing.op_by_op import BasicBlock, CrossAttention, CrossScaleHead
 
-from .timm_compat import import_timm
+from .backbone import create_backbone, pyramid, widths
 
 WINDOW = 7
 MASKED = -100.0
@@ -35,8 +35,6 @@ class WindowAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"heads: got {heads}, expected a divisor of the {channels} channels")
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -155,6 +153,7 @@ class SwinTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(channels)
+        heads = heads_for(channels, heads)
         self.layers = nn.ModuleList([BasicLayer(channels, heads, depth, drop_path)])
         self.norm0 = nn.LayerNorm(channels)
 
@@ -256,10 +255,11 @@ class SEBlock(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        hidden = max(channels // reduction, 1)
         self.squeeze = nn.Sequential(
-            nn.Linear(channels, channels // reduction),
+            nn.Linear(channels, hidden),
             nn.ReLU(),
-            nn.Linear(channels // reduction, channels),
+            nn.Linear(hidden, channels),
             nn.Sigmoid(),
         )
 
@@ -326,11 +326,12 @@ class SCAMTL(nn.Module):
         self.tasks = list(tasks)
         self.auxilary_tasks = list(tasks if auxiliary_tasks is None else auxiliary_tasks)
         names = self.auxilary_tasks
-        self.backbone = make_backbone(backbone, pretrained)
-        feature_info: Any = self.backbone.feature_info
-        widths = feature_info.channels()
-        channels = [2 * width for width in widths]
-        for s, width in enumerate(widths):
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, pretrained=pretrained)
+        self.backbone = backbone
+        base = widths(backbone)
+        channels = [2 * width for width in base]
+        for s, width in enumerate(base):
             self.add_module(f"swTransform{s + 1}", SwinTransformer(width))
         for s in (3, 2, 1):
             self.add_module(f"fpm_scale_{s}", FPM(names, channels[s], task_softmax))
@@ -347,7 +348,7 @@ class SCAMTL(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         attended = []
-        for s, x in enumerate(self.backbone(image)):
+        for s, x in enumerate(pyramid(self.backbone, image)):
             window_attention = self.get_submodule(f"swTransform{s + 1}")
             attended.append(torch.cat([window_attention(x)[0], x], dim=1))
         out: dict[str, Any] = {"deep_supervision": {}}
@@ -372,19 +373,6 @@ def interpolate(x: Tensor, **options: Any) -> Tensor:
     return F.interpolate(x, mode="bilinear", align_corners=False, **options)
 
 
-def make_backbone(backbone: str | nn.Module, pretrained: bool) -> nn.Module:
-    if isinstance(backbone, nn.Module):
-        return backbone
-    network: nn.Module = import_timm().create_model(
-        backbone,
-        pretrained=pretrained,
-        features_only=True,
-        feature_location="",
-        out_indices=(1, 2, 3, 4),
-    )
-    for module in network.modules():
-        if isinstance(module, nn.Upsample):
-            module.mode, module.align_corners = "bilinear", False
-        elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.01
-    return network
+def heads_for(channels: int, most: int) -> int:
+    """The largest number of heads that divides the width: `most`, for all published widths."""
+    return max(heads for heads in range(1, most + 1) if channels % heads == 0)
