@@ -101,6 +101,51 @@ void block_forward(int dtype, int64_t batch, int64_t channels, double eps, const
                              "); pack the weights again");
 }
 
+// Of a level: the view of x, channels, height, width, weight.
+using Levels = std::vector<std::array<int64_t, 9>>;
+static_assert(sizeof(Level) == 9 * sizeof(int64_t), "a Level is nine integers");
+
+Span<const Level> span(const Levels& levels) {
+  return {reinterpret_cast<const Level*>(levels.data()), static_cast<int64_t>(levels.size())};
+}
+View view(const std::array<int64_t, 5>& x) { return {static_cast<char*>(pointer(x[0])), x[1], x[2], x[3], x[4]}; }
+
+template <auto kKernel>
+void run_pyramid(int dtype, int64_t batch, int64_t hidden, int64_t outputs, const Levels& levels, int64_t scale,
+                 int64_t shift, int64_t classifier, int64_t classifier_bias, const std::array<int64_t, 5>& output,
+                 int64_t map, int64_t mean, int64_t deviations, int threads) {
+  py::gil_scoped_release release;
+  (kernels().*kKernel)(
+      {Dtype(dtype), batch, hidden, outputs, span(levels), pointer(scale), pointer(shift), pointer(classifier),
+       pointer(classifier_bias), view(output), pointer(map), pointer(mean), pointer(deviations)},
+      threads);
+}
+
+template <auto kKernel>
+void run_pyramid_backward(int dtype, int64_t batch, int64_t hidden, int64_t outputs, const Levels& levels,
+                          int64_t scale, int64_t shift, int64_t classifier, int64_t map,
+                          const std::array<int64_t, 5>& grad_output, int64_t mean, int64_t slope, int64_t offset,
+                          int64_t sums, int64_t map_sums, int64_t grad_classifier, const Views& grad_x,
+                          const Integers& grad_weights, int threads) {
+  py::gil_scoped_release release;
+  (kernels().*kKernel)({Dtype(dtype),
+                        batch,
+                        hidden,
+                        outputs,
+                        span(levels),
+                        pointer(scale),
+                        pointer(shift),
+                        pointer(classifier),
+                        nullptr,
+                        {},
+                        pointer(map),
+                        nullptr,
+                        nullptr},
+                       {view(grad_output), pointer(mean), pointer(slope), pointer(offset), pointer(sums),
+                        pointer(map_sums), pointer(grad_classifier), span(grad_x), pointers(grad_weights)},
+                       threads);
+}
+
 py::dict cpu_info() {
   py::dict info;
   info["isa"] = instruction_set();
@@ -131,6 +176,10 @@ PYBIND11_MODULE(_core, module) {
   });
   module.def("block_pack", &block_pack);
   module.def("block_forward", &block_forward);
+  module.def("pyramid_forward", &run_pyramid<&Kernels::pyramid_forward>);
+  module.def("pyramid_classify", &run_pyramid<&Kernels::pyramid_classify>);
+  module.def("pyramid_sums", &run_pyramid_backward<&Kernels::pyramid_sums>);
+  module.def("pyramid_backward", &run_pyramid_backward<&Kernels::pyramid_backward>);
 }
 
 }  // namespace xattn

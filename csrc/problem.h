@@ -86,4 +86,35 @@ struct BlockProblem {
   const void* packed;
 };
 
+// One level of a pyramid: x is (batch, channels, height * width), weight (channels, hidden) contiguous
+// in the compute type.
+struct Level {
+  View x;
+  int64_t channels, height, width;
+  const void* weight;
+};
+
+// Pyramid projection: z = sum over levels of upsample(W x), output = V relu(scale z + shift) + bias.
+// Levels are finest first; everything but x, output and map is contiguous in the compute type.
+struct PyramidProblem {
+  Dtype dtype;
+  int64_t batch, hidden, outputs;
+  Span<const Level> levels;
+  const void *scale, *shift;                 // (hidden)
+  const void *classifier, *classifier_bias;  // (hidden, outputs), (outputs)
+  View output;                               // data null: not wanted
+  void* map;                                 // z (batch, hidden, tokens) contiguous; null: not stored
+  void *mean, *deviations;                   // (hidden), and sums of squared deviations; null: not wanted
+};
+
+// With g the gradient of scale z + shift, that of z is scale g + slope (z - mean) + offset.
+struct PyramidGradients {
+  View grad_output;
+  const void *mean, *slope, *offset;  // (hidden)
+  void *sums, *map_sums;              // (hidden): of g, and of g (z - mean)
+  void* classifier;                   // (hidden, outputs)
+  Span<const View> x;
+  Span<void* const> weights;  // (hidden, channels) contiguous; null: not wanted
+};
+
 }  // namespace xattn

@@ -5,6 +5,7 @@ from xattn_kernels.functional import (
     cross_attention_block,
     linear_cross_attention,
     pack_block_weights,
+    pyramid_projection,
     softmax_cross_attention,
 )
 from xattn_kernels.registry import backend, explain, list_backends, set_backend
@@ -20,6 +21,7 @@ __all__ = [
     "linear_cross_attention",
     "list_backends",
     "pack_block_weights",
+    "pyramid_projection",
     "set_backend",
     "softmax_cross_attention",
 ]

@@ -38,7 +38,12 @@ __all__ = [
 
 #: Every engine, in the order in which ``"auto"`` tries them.
 ENGINES = ("cuda", "triton", "cpu", "reference")
-OPERATORS = ("linear_cross_attention", "softmax_cross_attention", "cross_attention_block")
+OPERATORS = (
+    "linear_cross_attention",
+    "softmax_cross_attention",
+    "cross_attention_block",
+    "pyramid_projection",
+)
 
 
 class Problem(NamedTuple):
@@ -48,8 +53,8 @@ class Problem(NamedTuple):
         op: one of :data:`OPERATORS`.
         dtype: element type of the features.
         device: device type, such as ``"cpu"``.
-        channels: width C of queries and keys.
-        value_channels: width Cv of values and outputs.
+        channels: width C of queries and keys; of the finest level for ``pyramid_projection``.
+        value_channels: width of values or, for ``pyramid_projection``, of outputs.
         heads: heads of the softmax operator, else 1.
         transformed: whether a ``torch.func`` transform or forward-mode differentiation is active.
     """

@@ -214,6 +214,15 @@ void store_channels(Panels<const typename Op::Real> from, const typename Op::Rea
                    view.token_stride);
 }
 
+template <class Op>
+typename Op::Unit make_unit(const typename Op::Real* values) {
+  if constexpr (Op::kDepth == 1) {
+    return values[0];
+  } else {
+    return from_float<BFloat16>(values[0]).bits | static_cast<uint32_t>(from_float<BFloat16>(values[1]).bits) << 16;
+  }
+}
+
 // Length of a row of a row-major matrix: whole vectors, and not a multiple of 1 KiB, whose rows would
 // share a few sets of the first-level cache.
 template <class Op>
@@ -233,6 +242,42 @@ Panels<T> panelled(T* data, int64_t rows) {
   return {data, kPanel<Op>, static_cast<ptrdiff_t>(rows * kPanel<Op>)};
 }
 
+// Channels of a token tile as the k-major operand of the projections.
+template <class Op>
+void load_features(Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, int64_t channels,
+                   typename Op::Unit* to) {
+  const int64_t depth = ceil_div(channels, Op::kDepth);
+  if constexpr (Op::kDepth == 1) {
+    load_channels<Op>(dtype, view, b, t, count, 0, channels, panelled<Op>(to, depth));
+  } else {
+    const uint16_t* base = reinterpret_cast<const uint16_t*>(view.data) + b * view.batch_stride + t * view.token_stride;
+    for (int64_t k = 0; k < depth; ++k) {
+      const bool last = 2 * k + 1 == channels;
+      const uint16_t* even = base + 2 * k * view.channel_stride;
+      const uint16_t* odd = last ? even : even + view.channel_stride;
+      const uint32_t keep = last ? 0 : 0xFFFF;
+      for (int64_t n = 0; n < count; n += kPanel<Op>) {
+        const int64_t width = min64(count - n, kPanel<Op>);
+        uint32_t* row = to + n * depth + k * kPanel<Op>;
+        if (view.token_stride == 1) {
+          // The next pair's rows are pages away, where prefetchers in hardware do not look.
+          __builtin_prefetch(even + 2 * view.channel_stride + n);
+          __builtin_prefetch(even + 2 * view.channel_stride + n + 32);
+          __builtin_prefetch(odd + 2 * view.channel_stride + n);
+          __builtin_prefetch(odd + 2 * view.channel_stride + n + 32);
+          for (int64_t i = 0; i < width; ++i) row[i] = even[n + i] | (odd[n + i] & keep) << 16;
+        } else {
+          for (int64_t i = 0; i < width; ++i) {
+            const int64_t at = (n + i) * view.token_stride;
+            row[i] = even[at] | (odd[at] & keep) << 16;
+          }
+        }
+        for (int64_t i = width; i < round_up(width, kLanes<float>); ++i) row[i] = 0;
+      }
+    }
+  }
+}
+
 // Tokens of a tile: whole panels, the tile's matrices of `channels` rows within `bytes` each.
 template <class Op>
 int64_t tile_tokens(int64_t channels, int64_t bytes) {
@@ -247,6 +292,16 @@ int64_t even_tile(int64_t tokens, int64_t most) {
   return max64(round_up(ceil_div(tokens, tiles), kPanel<Op>), kPanel<Op>);
 }
 
+// Calls body with the products that a dtype is computed with.
+template <class Body>
+void with_op(Dtype dtype, Body&& body) {
+  if (dtype == Dtype::kFloat64) return body(Float64{});
+#ifdef XATTN_HAVE_BFLOAT16_DOT
+  if (dtype == Dtype::kBFloat16) return body(BFloat16Pair{});
+#endif
+  body(Float32{});
+}
+
 // Cuts buffers from scratch; with a null start it only counts the bytes.
 class Arena {
  public:
@@ -258,6 +313,7 @@ class Arena {
     return result;
   }
   size_t bytes() const { return static_cast<size_t>(next_ - start_); }
+  bool counts() const { return start_ == nullptr; }
 
  private:
   char *start_, *next_;

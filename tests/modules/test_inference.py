@@ -273,13 +273,3 @@ def test_autocast(name: str) -> None:
         assert error <= 2 * baseline
         with torch.no_grad():
             assert support.distance(pair.ours(*pair.arguments), reference) <= 1e-5
-
-
-def test_head_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The aggregation's hidden channels in one piece, several, and a ragged last one."""
-    from xattn_kernels.modules import cross_scale
-
-    pair = support.make("CrossScaleHead", requires_grad=False)
-    for chunk in (1, 7, 60, 10_000):
-        monkeypatch.setattr(cross_scale, "CHUNK", chunk)
-        assert call_both(pair) <= 1e-9

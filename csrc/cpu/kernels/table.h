@@ -16,6 +16,12 @@ struct Kernels {
   void (*block_pack)(Dtype, int64_t channels, int64_t weights, const void* weight, const void* bias, void* packed);
   // False if the weights were packed for another instruction set.
   bool (*block_forward)(const BlockProblem&, int threads);
+  // z and what is wanted of it; the output from a stored z; the sums over the gradient of its affine map;
+  // and the gradients of levels and weights.
+  void (*pyramid_forward)(const PyramidProblem&, int threads);
+  void (*pyramid_classify)(const PyramidProblem&, int threads);
+  void (*pyramid_sums)(const PyramidProblem&, const PyramidGradients&, int threads);
+  void (*pyramid_backward)(const PyramidProblem&, const PyramidGradients&, int threads);
 };
 
 }  // namespace xattn

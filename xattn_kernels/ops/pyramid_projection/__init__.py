@@ -1,0 +1,1 @@
+"""The pyramid projection: schema, autograd, and one module per engine."""
