@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from xattn_kernels.modules import normalisation
+from xattn_kernels.modules.cache import DerivedCache
 
 from .timm_compat import import_timm
 
@@ -70,12 +77,58 @@ def widths(backbone: nn.Module) -> list[int]:
     return list(backbone.feature_info.channels())  # type: ignore[operator, union-attr]
 
 
-def pyramid(backbone: nn.Module, image: Tensor) -> list[Tensor]:
-    """The four feature maps (B, C_s, H / 4 / 2^s, W / 4 / 2^s) of an image (B, 3, H, W)."""
-    features = backbone(image)
+def pyramid(backbone: nn.Module, image: Tensor, cache: DerivedCache | None = None) -> list[Tensor]:
+    """The four feature maps (B, C_s, H / 4 / 2^s, W / 4 / 2^s) of an image (B, 3, H, W).
+
+    Args:
+        backbone: of `create_backbone`.
+        image: in the parameters' dtype.
+        cache: keeps a copy of the backbone with its batch norms folded into the convolutions, which
+            is run instead in inference.
+    """
+    if cache is not None and _can_fold(backbone, image):
+        tensors = [*backbone.parameters(), *backbone.buffers()]
+        features = cache.get("backbone", tensors, None, lambda: _fold(backbone))(image)
+    else:
+        features = backbone(image)
     if str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC":
         features = [x.permute(0, 3, 1, 2) for x in features]
     return list(features)
+
+
+def _can_fold(backbone: nn.Module, image: Tensor) -> bool:
+    modules = list(backbone.modules())
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(image.device.type)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        and normalisation.is_inference([backbone], [image])
+    )
+
+
+def _fold(backbone: nn.Module) -> nn.Module:
+    """A copy of a backbone whose batch norms are folded into the convolutions before them.
+
+    Where that is known to be so: in `nn.Sequential`, and in timm's HRNets and ResNets, which name
+    the batch norm of the convolution ``conv<n>`` ``bn<n>``.
+    """
+    resnet, hrnet = import_timm().models.resnet, import_timm().models.hrnet
+    named = (resnet.BasicBlock, resnet.Bottleneck, hrnet.HighResolutionNetFeatures)
+    folded = copy.deepcopy(backbone).requires_grad_(False)
+    for module in folded.modules():
+        children = module._modules
+        pairs: list[tuple[str, str]] = []
+        if isinstance(module, nn.Sequential):
+            pairs = list(itertools.pairwise(children))
+        elif isinstance(module, named):
+            pairs = [(f"conv{n}", f"bn{n}") for n in (1, 2, 3) if f"conv{n}" in children]
+        for convolution, norm in pairs:
+            conv, bn = children[convolution], children[norm]
+            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
+                children[convolution] = fuse_conv_bn_eval(conv, bn)
+                children[norm] = nn.Identity()
+    result: nn.Module = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return result
 
 
 def _no_pyramid(name: str, reason: str) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_kernels.modules import CrossScaleHead, CrossTaskAttention
+from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import check_names, check_width
 
 from .backbone import STRIDES, create_backbone, pyramid, widths
@@ -26,7 +27,7 @@ SCALES = len(STRIDES)
 Output = dict[str, Any]
 
 
-class SCAMTL(nn.Module):
+class SCAMTL(CacheOwner):
     """Dense predictions of several tasks from one image.
 
     With b_s a feature map of the backbone at stride 2^(s+2), for scales s = 3, 2, 1, 0::
@@ -86,6 +87,7 @@ class SCAMTL(nn.Module):
         for task, count in num_outputs.items():
             check_width(f"num_outputs[{task!r}]", count)
         super().__init__()
+        self._cache = DerivedCache()
         self.tasks = tuple(tasks)
         self.auxiliary_tasks = sources
         self.num_outputs = {task: num_outputs[task] for task in sources}
@@ -127,17 +129,19 @@ class SCAMTL(nn.Module):
             ValueError: for another shape; in training, for a single value per channel.
         """
         _check_image(image)
+        size = image.shape[2:]
+        image = image.contiguous(memory_format=torch.channels_last)
         scales = [
             torch.cat([self.get_submodule(f"swTransform{s + 1}")(x), x], dim=1)
-            for s, x in enumerate(pyramid(self.backbone, image))
+            for s, x in enumerate(pyramid(self.backbone, image, self._cache))
         ]
         refined: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         supervised = {}
         propagated: dict[str, Tensor] | None = None
         for s in reversed(range(SCALES)):
             if propagated is not None:
-                size = scales[s].shape[2:]
-                propagated = {task: _resize(x, size) for task, x in propagated.items()}
+                finer = scales[s].shape[2:]
+                propagated = {task: _resize(x, finer) for task, x in propagated.items()}
             initial, supervised[f"scale_{s}"] = self.get_submodule(f"scale_{s}")(
                 scales[s], propagated
             )
@@ -147,7 +151,7 @@ class SCAMTL(nn.Module):
             if s > 0:
                 propagated = self.get_submodule(f"fpm_scale_{s}")(initial | attended)
         output: Output = {
-            task: _resize(head(refined[task]), image.shape[2:]) for task, head in self.heads.items()
+            task: _resize(head(refined[task]), size) for task, head in self.heads.items()
         }
         output["deep_supervision"] = dict(sorted(supervised.items()))
         return output

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xattn_kernels.modules.cache import CacheOwner, DerivedCache
+from xattn_kernels.modules.layers import is_stock
 
 from .timm_compat import import_timm
 
@@ -23,7 +28,7 @@ def heads_for(channels: int, most: int) -> int:
 
 
 class WindowTransformer(nn.Module):
-    """Window self-attention of one feature map: (B, C, H, W) -> (B, C, H, W).
+    """Window self-attention of one feature map: (B, C, H, W) -> (B, C, H, W) in channels_last.
 
     A 1x1 convolution and layer norm, blocks of window attention of which every second is shifted,
     a layer norm. Liu et al., "Swin Transformer" (arXiv 2103.14030), without MLPs; used in Kim,
@@ -65,23 +70,25 @@ class WindowTransformer(nn.Module):
         self.norm0 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_embed["norm"](self.patch_embed["proj"](x).permute(0, 2, 3, 1))
+        tokens = pointwise(self.patch_embed["proj"], x.permute(0, 2, 3, 1))
+        tokens = self.patch_embed["norm"](tokens)
         for block in self.layers[0]["blocks"]:  # type: ignore[index]
             tokens = block(tokens)
         normalised: Tensor = self.norm0(tokens)
         return normalised.permute(0, 3, 1, 2)
 
 
-class WindowBlock(nn.Module):
+class WindowBlock(CacheOwner):
     """x + DropPath(attention(LayerNorm(x))) within windows, on tokens (B, H, W, C).
 
-    The map is padded with zeros at the right and at the bottom to whole windows, after the norm;
-    padded tokens are attended to like others. `norm2` takes no part: the reference has it, left
-    over from the MLP.
+    The map is padded at the right and at the bottom to whole windows, after the norm; padded tokens
+    are attended to like others. `norm2` takes no part: the reference has it, left over from the
+    MLP.
     """
 
     def __init__(self, channels: int, heads: int, *, shift: int, drop_path: float) -> None:
         super().__init__()
+        self._cache = DerivedCache()
         self.shift = shift
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads)
@@ -91,24 +98,19 @@ class WindowBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        height, width = tokens.shape[1:3]
-        padding = (0, 0, 0, -width % WINDOW, 0, -height % WINDOW)
-        x = F.pad(self.norm1(tokens), padding)
-        size = x.shape
-        mask = None
-        if self.shift:
-            x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(size[1], size[2], self.shift, x)
-        x = self.attn(to_windows(x), mask)
-        x = from_windows(x, size)
-        if self.shift:
-            x = torch.roll(x, (self.shift, self.shift), (1, 2))
-        result: Tensor = tokens + self.drop_path(x[:, :height, :width])
+        batch, height, width, _ = tokens.shape
+
+        def make() -> Windows:
+            with torch.inference_mode(False):  # for they are kept, and training may follow
+                return windows(batch, height, width, self.shift, tokens.device)
+
+        plan = self._cache.get("windows", [], (batch, height, width, tokens.device), make)
+        result: Tensor = tokens + self.drop_path(self.attn(self.norm1(tokens), plan))
         return result
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention of windows (N, 49, C) with a bias for every relative position."""
+    """Multi-head self-attention in windows with a bias for every relative position."""
 
     relative_position_index: Tensor
 
@@ -121,23 +123,87 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, plan: Windows) -> Tensor:
         """Attend.
 
         Args:
-            windows: (N, 49, C) with N a multiple of M.
-            mask: (M, 49, 49) to add to the scores of the windows i M + j, in order j.
+            tokens: (B, H, W, C).
+            plan: their windows.
+
+        Returns:
+            (B, H, W, C).
         """
-        qkv = self.qkv(windows).unflatten(2, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        bias = bias.permute(2, 0, 1).to(query.dtype)
-        if mask is not None:
-            bias = bias + mask.unsqueeze(1)
-            bias = bias.repeat(len(windows) // len(mask), 1, 1, 1)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        result: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
-        return result
+        rows = pointwise(self.qkv, tokens).flatten(0, 2)
+        if plan.padded:
+            # What the projection makes of the zeros that the map is padded with.
+            padding = (
+                rows.new_zeros(3 * tokens.shape[3]) if self.qkv.bias is None else self.qkv.bias
+            )
+            rows = torch.cat([rows, padding.to(rows.dtype).unsqueeze(0)])
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        attended = []
+        for members, apart in zip(plan.members, plan.apart, strict=True):
+            qkv = F.embedding(members, rows).unflatten(2, (3, self.heads, -1))
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            scores = bias if apart is None else bias + apart.to(bias.dtype) * MASK
+            scores = scores.unsqueeze(0).to(query.dtype)
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=scores)
+            attended.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+        joined = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return pointwise(self.proj, F.embedding(plan.places, joined))
+
+
+class Windows(NamedTuple):
+    """Which tokens of a map (B, H, W) are in which window, by kind of window.
+
+    Windows of one kind have the same mask: after the cyclic shift, those at the right, at the
+    bottom and in the corner hold tokens that were no neighbours.
+    """
+
+    padded: bool
+    """Whether there are padded tokens: all of them have the number B H W."""
+    members: list[Tensor]
+    """Per kind, the tokens' numbers in each window: (N, 49)."""
+    apart: list[Tensor | None]
+    """Per kind, which tokens were no neighbours: (49, 49), bool."""
+    places: Tensor
+    """Where every token is in the concatenated windows: (B, H, W)."""
+
+
+def windows(batch: int, height: int, width: int, shift: int, device: torch.device) -> Windows:
+    """The windows of a map after a cyclic shift up and left."""
+    count = batch * height * width
+    numbers = torch.arange(count, device=device).view(batch, height, width)
+    padded = F.pad(numbers, (0, -width % WINDOW, 0, -height % WINDOW), value=count)
+    rolled = torch.roll(padded, (-shift, -shift), (1, 2))
+    grid = rolled.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
+    grid = grid.flatten(3)  # (B, rows of windows, columns of windows, 49)
+    side = torch.arange(WINDOW, device=device) >= WINDOW - shift
+    wrapped = {
+        "bottom": side.repeat_interleave(WINDOW),
+        "right": side.repeat(WINDOW),
+    }
+    kinds = (
+        [(grid, [])]
+        if not shift
+        else [
+            (grid[:, :-1, :-1], []),
+            (grid[:, :-1, -1:], ["right"]),
+            (grid[:, -1:, :-1], ["bottom"]),
+            (grid[:, -1:, -1:], ["bottom", "right"]),
+        ]
+    )
+    members: list[Tensor] = []
+    apart: list[Tensor | None] = []
+    for part, names in kinds:
+        if part.numel():
+            members.append(part.reshape(-1, WINDOW**2))
+            sides = [wrapped[name][:, None] != wrapped[name] for name in names]
+            apart.append(torch.stack(sides).any(dim=0) if sides else None)
+    order = torch.cat(members).flatten()
+    places = torch.empty(count + 1, dtype=order.dtype, device=device)
+    places[order] = torch.arange(len(order), device=device)
+    return Windows(padded.shape != numbers.shape, members, apart, places[:-1].view_as(numbers))
 
 
 def relative_positions() -> Tensor:
@@ -149,32 +215,35 @@ def relative_positions() -> Tensor:
     return rows * (2 * WINDOW - 1) + columns
 
 
-def to_windows(x: Tensor) -> Tensor:
-    """Tokens (B, H, W, C), with H and W multiples of 7, as windows (N, 49, C)."""
-    windows = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))
-    result: Tensor = windows.transpose(2, 3).reshape(-1, WINDOW**2, x.shape[3])
-    return result
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer or 1x1 convolution of tokens (B, H, W, C).
+
+    In float32 on a CPU as a convolution in channels_last, which has about twice the speed of
+    torch's product of matrices.
+    """
+    if not _is_faster_convolved(x) or not is_stock(layer):
+        result: Tensor
+        if isinstance(layer, nn.Conv2d):
+            result = layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            result = layer(x)
+        return result
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    images = x
+    if torch.get_num_threads() == 1:  # then torch leaves few images to a slower convolution
+        tokens = x.shape[:3].numel()
+        count = next((n for n in range(16, 32) if tokens % n == 0), 1)
+        images = x.reshape(count, 1, -1, x.shape[3])
+    weight = layer.weight.flatten(1)[:, :, None, None]
+    y = F.conv2d(images.permute(0, 3, 1, 2), weight, layer.bias).permute(0, 2, 3, 1)
+    return y.reshape(*x.shape[:3], -1)
 
 
-def from_windows(windows: Tensor, size: torch.Size) -> Tensor:
-    """The inverse of `to_windows` for tokens of shape `size`."""
-    batch, height, width, channels = size
-    x = windows.view(batch, height // WINDOW, width // WINDOW, WINDOW, WINDOW, channels)
-    result: Tensor = x.transpose(2, 3).reshape(size)
-    return result
-
-
-def shift_mask(height: int, width: int, shift: int, like: Tensor) -> Tensor:
-    """What to add to the scores after a cyclic shift, per window: (M, 49, 49) of 0 and -100."""
-    rows = torch.arange(height, device=like.device)
-    columns = torch.arange(width, device=like.device)
-    region = 3 * _region(rows, height, shift)[:, None] + _region(columns, width, shift)
-    windows = to_windows(region[None, :, :, None]).squeeze(2)
-    apart = windows.unsqueeze(1) != windows.unsqueeze(2)
-    mask: Tensor = apart.to(like.dtype).mul_(MASK)
-    return mask
-
-
-def _region(position: Tensor, size: int, shift: int) -> Tensor:
-    """0 before the last window, 1 in it, 2 where the shift wrapped around."""
-    return (position >= size - WINDOW).long() + (position >= size - shift).long()
+def _is_faster_convolved(x: Tensor) -> bool:
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )

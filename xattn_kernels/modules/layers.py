@@ -140,6 +140,8 @@ class BasicBlock(CacheOwner):
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, Projection, ProjectionSet, BasicBlock)
 
+_LAYERS = (nn.Conv2d, nn.Linear, nn.ReLU)
+
 
 def is_stock(*modules: nn.Module) -> bool:
     """Whether modules and all below them do what their parameters say and nothing else.
@@ -163,7 +165,7 @@ def is_stock(*modules: nn.Module) -> bool:
                 return False
         elif issubclass(kind, _CONTAINERS):
             stack += [child for child in module._modules.values() if child is not None]
-        elif kind is not nn.Conv2d and kind is not nn.ReLU:
+        elif kind not in _LAYERS:
             return False
     return True
 
