@@ -91,7 +91,7 @@ def pyramid(backbone: nn.Module, image: Tensor, cache: DerivedCache | None = Non
         features = cache.get("backbone", tensors, None, lambda: _fold(backbone))(image)
     else:
         features = backbone(image)
-    if str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC":
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         features = [x.permute(0, 3, 1, 2) for x in features]
     return list(features)
 
@@ -118,7 +118,7 @@ def _fold(backbone: nn.Module) -> nn.Module:
     for module in folded.modules():
         children = module._modules
         pairs: list[tuple[str, str]] = []
-        if isinstance(module, nn.Sequential):
+        if type(module) is nn.Sequential:
             pairs = list(itertools.pairwise(children))
         elif isinstance(module, named):
             pairs = [(f"conv{n}", f"bn{n}") for n in (1, 2, 3) if f"conv{n}" in children]

@@ -55,6 +55,7 @@ class SCAMTL(CacheOwner):
             order of concatenation; contains `tasks`. Those that are no targets have deep
             supervision alone, and their initial features are what is propagated. Default: `tasks`.
         kind: "linear" or "softmax" cross-attention, see `xattn_kernels.modules.CrossAttention`.
+        heads: heads of kind "softmax"; divides the widths C_s.
         task_softmax: see `FeaturePropagation`.
 
     Attributes:
@@ -73,6 +74,7 @@ class SCAMTL(CacheOwner):
         auxiliary_tasks: Sequence[str] | None = None,
         *,
         kind: str = "linear",
+        heads: int = 1,
         task_softmax: bool = False,
     ) -> None:
         check_names("tasks", tasks)
@@ -106,10 +108,13 @@ class SCAMTL(CacheOwner):
         ):
             self.add_module(f"scale_{s}", InitialPrediction(self.num_outputs, width, coarser))
         for s, width in enumerate(self.channels):
-            distillation = CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind)
+            distillation = CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind, heads=heads)
             self.add_module(f"distillation_scale_{s}", distillation)
         self.heads = nn.ModuleDict(
-            {task: CrossScaleHead(self.channels, num_outputs[task], kind=kind) for task in tasks}
+            {
+                task: CrossScaleHead(self.channels, num_outputs[task], kind=kind, heads=heads)
+                for task in tasks
+            }
         )
 
     def forward(self, image: Tensor) -> Output:
@@ -165,6 +170,7 @@ def sca_mtl(
     auxiliary_tasks: Sequence[str] | None = None,
     kind: str = "linear",
     *,
+    heads: int = 1,
     task_softmax: bool = False,
     backbone_arguments: Mapping[str, Any] | None = None,
 ) -> SCAMTL:
@@ -179,6 +185,7 @@ def sca_mtl(
         pretrained: load ImageNet weights into the backbone, which timm downloads if need be.
         auxiliary_tasks: see `SCAMTL`.
         kind: see `SCAMTL`.
+        heads: see `SCAMTL`.
         task_softmax: see `FeaturePropagation`.
         backbone_arguments: further arguments for `timm.create_model`.
 
@@ -203,6 +210,7 @@ def sca_mtl(
         num_outputs,
         auxiliary_tasks,
         kind=kind,
+        heads=heads,
         task_softmax=task_softmax,
     )
 

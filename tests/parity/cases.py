@@ -25,6 +25,8 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).parent
 TASKS = ("semseg", "depth", "normals", "edge", "sal")
 HEAD_CHANNELS = (36, 72, 144, 288)
+COMPUTED = "relative_position_index"
+"""A buffer that depends on nothing."""
 TOLERANCE = 1e-9
 """Relative L2 norm, per tensor."""
 ZERO = 1e-12
@@ -42,6 +44,8 @@ def parameter(seed: int, name: str, shape: Sequence[int]) -> Tensor:
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
         return torch.zeros(tuple(shape), dtype=torch.int64)
+    if leaf == "relative_position_bias_table":
+        return _uniform(seed, name, shape, -0.5, 0.5)
     if leaf in ("running_mean", "bias"):
         return _uniform(seed, name, shape, -0.2, 0.2)
     if leaf == "running_var" or len(shape) == 1:
@@ -65,17 +69,23 @@ class Case:
 
     @property
     def training(self) -> bool:
-        return bool(self.args["mode"] == "train")
+        return bool(self.args.get("mode") == "train")
 
     def parameters(self) -> dict[str, Tensor]:
-        return {k: parameter(self.args["seed"], k, shape) for k, shape in self.shapes.items()}
+        return {
+            name: parameter(self.args["seed"], name, shape)
+            for name, shape in self.shapes.items()
+            if not name.endswith(COMPUTED)
+        }
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         return tensor(self.args["seed"], name, shape)
 
     def load(self, module: nn.Module) -> nn.Module:
         """`module` in float64 with the case's parameters and mode."""
-        module.double().load_state_dict(self.parameters(), strict=True)
+        module.double()
+        state = {k: v for k, v in module.state_dict().items() if k.endswith(COMPUTED)}
+        module.load_state_dict(state | self.parameters(), strict=True)
         return module.train(self.training)
 
     def scales(self) -> list[Tensor]:
