@@ -96,6 +96,10 @@ class SCAMTL(CacheOwner):
         base = widths(backbone)
         self.channels = tuple(2 * width for width in base)
 
+        distillations = [  # first, for they check the arguments
+            CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind, heads=heads)
+            for width in self.channels
+        ]
         self.backbone = backbone
         for s, width in enumerate(base):
             attention = WindowTransformer(width, heads_for(width, ATTENTION_HEADS))
@@ -107,8 +111,7 @@ class SCAMTL(CacheOwner):
             zip(self.channels, (*self.channels[1:], 0), strict=True)
         ):
             self.add_module(f"scale_{s}", InitialPrediction(self.num_outputs, width, coarser))
-        for s, width in enumerate(self.channels):
-            distillation = CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind, heads=heads)
+        for s, distillation in enumerate(distillations):
             self.add_module(f"distillation_scale_{s}", distillation)
         self.heads = nn.ModuleDict(
             {
@@ -131,9 +134,9 @@ class SCAMTL(CacheOwner):
 
         Raises:
             TypeError: for another dtype.
-            ValueError: for another shape; in training, for a single value per channel.
+            ValueError: for another shape or device; in training, for a single value per channel.
         """
-        _check_image(image)
+        _check_image(image, next(self.parameters()))
         size = image.shape[2:]
         image = image.contiguous(memory_format=torch.channels_last)
         scales = [
@@ -147,9 +150,7 @@ class SCAMTL(CacheOwner):
             if propagated is not None:
                 finer = scales[s].shape[2:]
                 propagated = {task: _resize(x, finer) for task, x in propagated.items()}
-            initial, supervised[f"scale_{s}"] = self.get_submodule(f"scale_{s}")(
-                scales[s], propagated
-            )
+            initial, supervised[s] = self.get_submodule(f"scale_{s}")(scales[s], propagated)
             attended = self.get_submodule(f"distillation_scale_{s}")(initial)
             for task, x in attended.items():
                 refined[task].insert(0, x)
@@ -158,7 +159,7 @@ class SCAMTL(CacheOwner):
         output: Output = {
             task: _resize(head(refined[task]), size) for task, head in self.heads.items()
         }
-        output["deep_supervision"] = dict(sorted(supervised.items()))
+        output["deep_supervision"] = {f"scale_{s}": supervised[s] for s in range(SCALES)}
         return output
 
 
@@ -215,7 +216,7 @@ def sca_mtl(
     )
 
 
-def _check_image(image: Tensor) -> None:
+def _check_image(image: Tensor, parameter: Tensor) -> None:
     if not isinstance(image, Tensor) or not image.is_floating_point():
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image: got {kind}, expected a floating-point tensor")
@@ -226,6 +227,12 @@ def _check_image(image: Tensor) -> None:
         raise ValueError(
             f"image: got height {height} and width {width}, expected multiples of {STRIDES[-1]}; "
             "xattn_models.predict pads images of other sizes and crops what it predicts"
+        )
+    if image.dtype != parameter.dtype and not torch.is_autocast_enabled(image.device.type):
+        raise TypeError(f"image: got {image.dtype}, expected {parameter.dtype}, as the parameters")
+    if image.device != parameter.device:
+        raise ValueError(
+            f"image: got a tensor on {image.device}, expected {parameter.device} as the parameters"
         )
 
 
