@@ -1,0 +1,140 @@
+"""Window self-attention against the op-by-op layer: windows, masks, padding, products of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from network_support import perturb
+from torch import nn
+
+from xattn_models import op_by_op
+from xattn_models.window_attention import (
+    WINDOW,
+    WindowBlock,
+    WindowTransformer,
+    heads_for,
+    pointwise,
+    windows,
+)
+
+SIZES = [(1, 1), (7, 7), (7, 14), (3, 20), (10, 13), (15, 8), (14, 21)]
+
+
+def pair(channels: int = 12, heads: int = 6, depth: int = 2) -> tuple[nn.Module, nn.Module]:
+    ours = WindowTransformer(channels, heads, depth=depth).double().eval()
+    theirs = op_by_op.SwinTransformer(channels, heads, depth).double().eval()
+    perturb(ours)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_as_op_by_op(size: tuple[int, int], depth: int) -> None:
+    """Also what reaches the parameters: padded tokens are keys and reach the bias of qkv."""
+    ours, theirs = pair(depth=depth)
+    x = torch.randn(2, 12, *size, dtype=torch.float64)
+    weight = torch.randn_like(x)
+    results = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y = y[0] if isinstance(y, tuple) else y
+        (y * weight).sum().backward()
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        results.append([y.detach(), leaf.grad, *gradients])
+    with torch.no_grad():
+        results[0][0] = torch.stack([results[0][0], ours(x)])
+        results[1][0] = results[1][0].expand(2, *y.shape)
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-11 * expected.norm() + 1e-11
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shift", [0, 3])
+def test_windows(size: tuple[int, int], shift: int) -> None:
+    """Every token is in one window, where `places` says; tokens that touch are not apart."""
+    height, width = size
+    plan = windows(2, height, width, shift, torch.device("cpu"))
+    members = torch.cat(plan.members)
+    count = 2 * height * width
+    assert plan.padded == bool(height % WINDOW or width % WINDOW)
+    assert torch.equal(members.flatten()[plan.places.flatten()], torch.arange(count))
+    assert members.numel() - (members == count).sum() == count
+    assert len(plan.members) == len(plan.apart)
+    for part, apart in zip(plan.members, plan.apart, strict=True):
+        y, x = part % (height * width) // width, part % width
+        real = (part < count).unsqueeze(1) & (part < count).unsqueeze(2)
+        near = (y[:, :, None] - y[:, None]).abs() < WINDOW
+        near &= (x[:, :, None] - x[:, None]).abs() < WINDOW
+        allowed = torch.ones(1, 49, 49, dtype=torch.bool) if apart is None else ~apart[None]
+        if min(size) > WINDOW:
+            assert torch.equal(real & allowed, real & near)
+        assert (part // (height * width)).masked_fill(part == count, -1).max() <= 1
+
+
+def test_windows_are_kept_by_size_and_refreshed() -> None:
+    """Also after a first call in inference mode, whose tensors cannot be saved for a backward."""
+    ours, theirs = pair()
+    for size in ((10, 13), (8, 8), (10, 13)):
+        x = torch.randn(1, 12, *size, dtype=torch.float64)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(x).clone(), theirs(x)[0].clone())
+        ours(x.requires_grad_()).sum().backward()
+        assert x.grad is not None
+
+
+def test_one_sample_of_a_batch_is_skipped() -> None:
+    """In training, and the others are scaled."""
+    block = WindowBlock(12, 6, shift=3, drop_path=0.5).double().train()
+    perturb(block)
+    x = torch.randn(16, 7, 7, 12, dtype=torch.float64)
+    torch.manual_seed(0)
+    trained = block(x) - x
+    inferred = block.eval()(x) - x
+    skipped = trained.flatten(1).norm(dim=1) == 0
+    assert 0 < skipped.sum() < 16
+    torch.testing.assert_close(trained[~skipped], 2 * inferred[~skipped])
+
+
+def test_dead_parameters_stay_in_the_state() -> None:
+    block = WindowBlock(12, 6, shift=0, drop_path=0.0)
+    block(torch.randn(1, 7, 7, 12)).sum().backward()
+    without = {name for name, p in block.named_parameters() if p.grad is None}
+    assert without == {"norm2.weight", "norm2.bias"} <= set(block.state_dict())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 4, 8, 12), (1, 1, 1, 8), (0, 4, 4, 8)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_pointwise(shape: tuple[int, ...], threads: int, bias: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        channels = shape[3]
+        x = torch.randn(shape)
+        linear = nn.Linear(channels, 10, bias=bias)
+        convolution = nn.Conv2d(channels, 10, 1, bias=bias)
+        convolution.load_state_dict(
+            {k: v[:, :, None, None] if v.dim() == 2 else v for k, v in linear.state_dict().items()}
+        )
+        for layer in (linear, convolution):
+            torch.testing.assert_close(pointwise(layer, x), linear(x))
+            strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+            torch.testing.assert_close(pointwise(layer, strided), linear(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "heads"),
+    [(18, 6, 6), (144, 6, 6), (48, 6, 6), (64, 6, 4), (256, 6, 4), (40, 6, 5), (7, 6, 1)]
+    + [(width, 4, 4) for width in (72, 144, 288, 576, 1152)],
+)
+def test_heads_for(width: int, most: int, heads: int) -> None:
+    assert heads_for(width, most) == heads
+
+
+def test_heads_are_checked() -> None:
+    with pytest.raises(ValueError, match="heads: got 5, expected a divisor of the 12 channels"):
+        WindowTransformer(12, 5)
