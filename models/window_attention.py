@@ -134,17 +134,15 @@ class WindowAttention(nn.Module):
             (B, H, W, C).
         """
         rows = pointwise(self.qkv, tokens).flatten(0, 2)
-        if plan.padded:
+        gathered = F.embedding(plan.members, rows)
+        if plan.padding is not None:
             # What the projection makes of the zeros that the map is padded with.
-            padding = (
-                rows.new_zeros(3 * tokens.shape[3]) if self.qkv.bias is None else self.qkv.bias
-            )
-            rows = torch.cat([rows, padding.to(rows.dtype).unsqueeze(0)])
+            zero = rows.new_zeros(()) if self.qkv.bias is None else self.qkv.bias
+            gathered.flatten(0, 1)[plan.padding] = zero.to(rows.dtype)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         attended = []
-        for members, apart in zip(plan.members, plan.apart, strict=True):
-            qkv = F.embedding(members, rows).unflatten(2, (3, self.heads, -1))
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        for part, apart in zip(gathered.split(plan.counts), plan.apart, strict=True):
+            query, key, value = part.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             scores = bias if apart is None else bias + apart.to(bias.dtype) * MASK
             scores = scores.unsqueeze(0).to(query.dtype)
             y = F.scaled_dot_product_attention(query, key, value, attn_mask=scores)
@@ -154,20 +152,22 @@ class WindowAttention(nn.Module):
 
 
 class Windows(NamedTuple):
-    """Which tokens of a map (B, H, W) are in which window, by kind of window.
+    """Which tokens of a map (B, H, W) are in which window, the windows ordered by kind.
 
     Windows of one kind have the same mask: after the cyclic shift, those at the right, at the
     bottom and in the corner hold tokens that were no neighbours.
     """
 
-    padded: bool
-    """Whether there are padded tokens: all of them have the number B H W."""
-    members: list[Tensor]
-    """Per kind, the tokens' numbers in each window: (N, 49)."""
+    members: Tensor
+    """The tokens' numbers in each window, (N, 49); any for padding."""
+    padding: Tensor | None
+    """Where in `members`, flattened, the padding is."""
+    counts: list[int]
+    """Windows of each kind."""
     apart: list[Tensor | None]
     """Per kind, which tokens were no neighbours: (49, 49), bool."""
     places: Tensor
-    """Where every token is in the concatenated windows: (B, H, W)."""
+    """Where every token is in `members`, flattened: (B, H, W)."""
 
 
 def windows(batch: int, height: int, width: int, shift: int, device: torch.device) -> Windows:
@@ -178,32 +178,33 @@ def windows(batch: int, height: int, width: int, shift: int, device: torch.devic
     rolled = torch.roll(padded, (-shift, -shift), (1, 2))
     grid = rolled.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
     grid = grid.flatten(3)  # (B, rows of windows, columns of windows, 49)
-    side = torch.arange(WINDOW, device=device) >= WINDOW - shift
-    wrapped = {
-        "bottom": side.repeat_interleave(WINDOW),
-        "right": side.repeat(WINDOW),
-    }
-    kinds = (
-        [(grid, [])]
-        if not shift
-        else [
-            (grid[:, :-1, :-1], []),
-            (grid[:, :-1, -1:], ["right"]),
-            (grid[:, -1:, :-1], ["bottom"]),
-            (grid[:, -1:, -1:], ["bottom", "right"]),
+    wrapped = torch.arange(WINDOW, device=device) >= WINDOW - shift
+    right, bottom = wrapped.repeat(WINDOW), wrapped.repeat_interleave(WINDOW)
+    right, bottom = (side[:, None] != side for side in (right, bottom))
+    kinds: list[tuple[Tensor, Tensor | None]] = [(grid, None)]
+    if shift:
+        kinds = [
+            (grid[:, :-1, :-1], None),
+            (grid[:, :-1, -1:], right),
+            (grid[:, -1:, :-1], bottom),
+            (grid[:, -1:, -1:], right | bottom),
         ]
+    kinds = [(part.reshape(-1, WINDOW**2), apart) for part, apart in kinds if part.numel()]
+    members = torch.cat([part for part, _ in kinds])
+    missing = members.numel() - count
+    padding = None
+    if missing:
+        # Not by `nonzero`, whose size torch.compile could not know.
+        padding = (members.flatten() == count).byte().argsort(stable=True)[-missing:]
+    places = torch.empty(count + 1, dtype=members.dtype, device=device)
+    places[members.flatten()] = torch.arange(members.numel(), device=device)
+    return Windows(
+        members.clamp_max(count - 1),
+        padding,
+        [len(part) for part, _ in kinds],
+        [apart for _, apart in kinds],
+        places[:-1].view(batch, height, width),
     )
-    members: list[Tensor] = []
-    apart: list[Tensor | None] = []
-    for part, names in kinds:
-        if part.numel():
-            members.append(part.reshape(-1, WINDOW**2))
-            sides = [wrapped[name][:, None] != wrapped[name] for name in names]
-            apart.append(torch.stack(sides).any(dim=0) if sides else None)
-    order = torch.cat(members).flatten()
-    places = torch.empty(count + 1, dtype=order.dtype, device=device)
-    places[order] = torch.arange(len(order), device=device)
-    return Windows(padded.shape != numbers.shape, members, apart, places[:-1].view_as(numbers))
 
 
 def relative_positions() -> Tensor:

@@ -56,21 +56,26 @@ def test_windows(size: tuple[int, int], shift: int) -> None:
     """Every token is in one window, where `places` says; tokens that touch are not apart."""
     height, width = size
     plan = windows(2, height, width, shift, torch.device("cpu"))
-    members = torch.cat(plan.members)
     count = 2 * height * width
-    assert plan.padded == bool(height % WINDOW or width % WINDOW)
-    assert torch.equal(members.flatten()[plan.places.flatten()], torch.arange(count))
-    assert members.numel() - (members == count).sum() == count
-    assert len(plan.members) == len(plan.apart)
-    for part, apart in zip(plan.members, plan.apart, strict=True):
+    real = torch.ones(plan.members.numel(), dtype=torch.bool)
+    if plan.padding is not None:
+        real[plan.padding] = False
+    assert (plan.padding is None) == (not height % WINDOW and not width % WINDOW)
+    assert real.sum() == count
+    assert torch.equal(plan.members.flatten()[plan.places.flatten()], torch.arange(count))
+    assert real[plan.places].all()
+    real = real.view_as(plan.members)
+    parts = zip(plan.members.split(plan.counts), real.split(plan.counts), strict=True)
+    for (part, inside), apart in zip(parts, plan.apart, strict=True):
         y, x = part % (height * width) // width, part % width
-        real = (part < count).unsqueeze(1) & (part < count).unsqueeze(2)
+        pairs = inside.unsqueeze(1) & inside.unsqueeze(2)
         near = (y[:, :, None] - y[:, None]).abs() < WINDOW
         near &= (x[:, :, None] - x[:, None]).abs() < WINDOW
-        allowed = torch.ones(1, 49, 49, dtype=torch.bool) if apart is None else ~apart[None]
+        allowed = torch.ones(49, 49, dtype=torch.bool) if apart is None else ~apart
         if min(size) > WINDOW:
-            assert torch.equal(real & allowed, real & near)
-        assert (part // (height * width)).masked_fill(part == count, -1).max() <= 1
+            assert torch.equal(pairs & allowed, pairs & near)
+        sample = part // (height * width)
+        assert torch.equal(pairs & (sample.unsqueeze(1) != sample.unsqueeze(2)), pairs & False)
 
 
 def test_windows_are_kept_by_size_and_refreshed() -> None:
