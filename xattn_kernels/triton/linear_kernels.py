@@ -24,66 +24,13 @@ import triton.language as tl
 from xattn_kernels.triton.maths import (
     dot,
     extent,
-    feature_map,
     feature_map_slope,
+    load_tile,
+    map_tile,
     multiple,
-    slot_base,
-    slot_offsets,
     slot_tokens,
+    store_tile,
 )
-
-
-@triton.jit
-def _load(
-    table,
-    row,
-    batch,
-    c,
-    n,
-    valid,
-    WIDTH: tl.constexpr,
-    DT: tl.constexpr,
-    SIZE: tl.constexpr,
-    MINOR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A float32 tile of channels ``c`` and tokens ``n`` of a slot; 0 outside of it."""
-    base = slot_base(table, row, batch, DT, SIZE, VECTOR)
-    offsets = slot_offsets(table, row, c[:, None], n[None, :], MINOR, VECTOR, WIDE)
-    mask = (c < WIDTH)[:, None] & valid[None, :]
-    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(
-    table,
-    row,
-    batch,
-    c,
-    n,
-    valid,
-    x,
-    WIDTH: tl.constexpr,
-    DT: tl.constexpr,
-    SIZE: tl.constexpr,
-    MINOR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Write a tile, rounded to the type of the slot; nothing where the slot has address 0."""
-    if tl.load(table + row) != 0:
-        base = slot_base(table, row, batch, DT, SIZE, VECTOR)
-        offsets = slot_offsets(table, row, c[:, None], n[None, :], MINOR, VECTOR, WIDE)
-        mask = (c < WIDTH)[:, None] & valid[None, :]
-        tl.store(base + offsets, x.to(DT), mask=mask)
-
-
-@triton.jit
-def _masked_map(x, c, valid, WIDTH: tl.constexpr, PHI: tl.constexpr, DOT: tl.constexpr):
-    """phi(x), and 0 outside of the slot."""
-    mask = (c < WIDTH)[:, None] & valid[None, :]
-    return tl.where(mask, feature_map(x, PHI, DOT == "ieee"), 0.0)
 
 
 @triton.jit(
@@ -153,10 +100,12 @@ def state_kernel(
         for n0 in range(begin, end, BN):
             n = n0 + tl.arange(0, BN)
             valid = n < end
-            k0 = _load(table, key, batch, c0, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE)
-            k0 = _masked_map(k0, c0, valid, C, PHI, DOT)
+            k0 = load_tile(table, key, batch, c0, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE)
+            k0 = map_tile(k0, c0, valid, C, PHI, DOT)
             k0t = tl.trans(k0)
-            v0 = _load(table, value, batch, r0, n, valid, CV, DT, SIZE, V_MINOR, V_VECTOR, V_WIDE)
+            v0 = load_tile(
+                table, value, batch, r0, n, valid, CV, DT, SIZE, V_MINOR, V_VECTOR, V_WIDE
+            )
             if WEIGHTED:
                 place = weights + (slot.to(tl.int64) * batch_size + batch) * 2 * longest + n
                 w = tl.load(place, mask=valid, other=0.0)
@@ -167,8 +116,10 @@ def state_kernel(
                 z0 += tl.sum(k0, 1)
             s00 = dot(v0, k0t, s00, DOT)
             if C1 > 0:
-                k1 = _load(table, key, batch, c1, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE)
-                k1 = _masked_map(k1, c1, valid, C, PHI, DOT)
+                k1 = load_tile(
+                    table, key, batch, c1, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE
+                )
+                k1 = map_tile(k1, c1, valid, C, PHI, DOT)
                 k1t = tl.trans(k1)
                 if WEIGHTED:
                     z1 += tl.sum(k1 * u[None, :], 1)
@@ -176,7 +127,7 @@ def state_kernel(
                     z1 += tl.sum(k1, 1)
                 s01 = dot(v0, k1t, s01, DOT)
             if R1 > 0:
-                v1 = _load(
+                v1 = load_tile(
                     table, value, batch, r1, n, valid, CV, DT, SIZE, V_MINOR, V_VECTOR, V_WIDE
                 )
                 if WEIGHTED:
@@ -308,8 +259,8 @@ def output_kernel(
         denominator = tl.zeros([BM], tl.float32)
         for k in range(0, C, BK):
             c = k + tl.arange(0, BK)
-            q = _load(table, query, batch, c, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE)
-            q = _masked_map(q, c, valid, C, PHI, DOT)
+            q = load_tile(table, query, batch, c, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE)
+            q = map_tile(q, c, valid, C, PHI, DOT)
             denominator += tl.sum(tl.load(z + c, mask=c < C, other=0.0)[:, None] * q, 0)
             inner = (c < C)[None, :]
             s0 = tl.load(
@@ -322,12 +273,12 @@ def output_kernel(
                 )
                 a1 = dot(s1, q, a1, DOT)
         denominator = tl.where(denominator < eps, eps, denominator)[None, :]
-        _store(
+        store_tile(
             table, output, batch, r0, n, valid, a0 / denominator, CV, DT, SIZE, O_MINOR, O_VECTOR,
             O_WIDE,
         )  # fmt: skip
         if R1 > 0:
-            _store(
+            store_tile(
                 table, output, batch, r1, n, valid, a1 / denominator, CV, DT, SIZE, O_MINOR,
                 O_VECTOR, O_WIDE,
             )  # fmt: skip
@@ -383,13 +334,15 @@ def query_gradient_kernel(
         n = tile * BM + tl.arange(0, BM)
         valid = n < tokens
         c0 = tl.arange(0, C0)
-        x0 = _load(table, query, batch, c0, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE)
-        q0 = _masked_map(x0, c0, valid, C, PHI, DOT)
+        x0 = load_tile(table, query, batch, c0, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE)
+        q0 = map_tile(x0, c0, valid, C, PHI, DOT)
         d0 = tl.zeros([C0, BM], tl.float32)
         if C1 > 0:
             c1 = C0 + tl.arange(0, C1)
-            x1 = _load(table, query, batch, c1, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE)
-            q1 = _masked_map(x1, c1, valid, C, PHI, DOT)
+            x1 = load_tile(
+                table, query, batch, c1, n, valid, C, DT, SIZE, Q_MINOR, Q_VECTOR, Q_WIDE
+            )
+            q1 = map_tile(x1, c1, valid, C, PHI, DOT)
             d1 = tl.zeros([C1, BM], tl.float32)
         first = tl.load(table + lists + slot).to(tl.int32)
         last = tl.load(table + lists + slot + 1).to(tl.int32)
@@ -417,7 +370,7 @@ def query_gradient_kernel(
                 along_mean = tl.zeros([BM], tl.float32)
                 for k in range(0, CV, BK):
                     r = k + tl.arange(0, BK)
-                    g = _load(
+                    g = load_tile(
                         table, gradient, batch, r, n, valid, CV, DT, SIZE, G_MINOR, G_VECTOR,
                         G_WIDE,
                     )  # fmt: skip
@@ -453,10 +406,12 @@ def query_gradient_kernel(
                 tl.store(place + longest, -along * w, mask=valid)
         result = results + slot * 5
         d0 = d0 * feature_map_slope(x0, PHI, EXACT)
-        _store(table, result, batch, c0, n, valid, d0, C, DT, SIZE, R_MINOR, R_VECTOR, R_WIDE)
+        store_tile(table, result, batch, c0, n, valid, d0, C, DT, SIZE, R_MINOR, R_VECTOR, R_WIDE)
         if C1 > 0:
             d1 = d1 * feature_map_slope(x1, PHI, EXACT)
-            _store(table, result, batch, c1, n, valid, d1, C, DT, SIZE, R_MINOR, R_VECTOR, R_WIDE)
+            store_tile(
+                table, result, batch, c1, n, valid, d1, C, DT, SIZE, R_MINOR, R_VECTOR, R_WIDE
+            )
 
 
 @triton.jit
@@ -485,8 +440,8 @@ def _product(
     """acc + matrix phi(x) for rows ``r`` of a matrix and a tile x of a slot."""
     for k in range(0, WIDTH, BK):
         c = k + tl.arange(0, BK)
-        x = _load(table, row, batch, c, n, valid, WIDTH, DT, SIZE, MINOR, VECTOR, WIDE)
-        x = _masked_map(x, c, valid, WIDTH, PHI, DOT)
+        x = load_tile(table, row, batch, c, n, valid, WIDTH, DT, SIZE, MINOR, VECTOR, WIDE)
+        x = map_tile(x, c, valid, WIDTH, PHI, DOT)
         a = tl.load(
             matrix + r[:, None] * ROW_STRIDE + c[None, :] * STRIDE,
             mask=(r < ROWS)[:, None] & (c < WIDTH)[None, :],
@@ -558,9 +513,11 @@ def source_gradient_kernel(
                     table, value, batch, s, c, n, valid, acc, C, CV, 1, C, BK, "identity", DOT,
                     DT, SIZE, V_MINOR, V_VECTOR, V_WIDE,
                 )  # fmt: skip
-                x = _load(table, key, batch, c, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE)
+                x = load_tile(
+                    table, key, batch, c, n, valid, C, DT, SIZE, K_MINOR, K_VECTOR, K_WIDE
+                )
                 acc = acc * feature_map_slope(x, PHI, DOT == "ieee")
-                _store(
+                store_tile(
                     table, result, batch, c, n, valid, acc, C, DT, SIZE, DK_MINOR, DK_VECTOR,
                     DK_WIDE,
                 )  # fmt: skip
@@ -574,7 +531,7 @@ def source_gradient_kernel(
                     table, key, batch, s, r, n, valid, acc, CV, C, C, 1, BK, PHI, DOT,
                     DT, SIZE, K_MINOR, K_VECTOR, K_WIDE,
                 )  # fmt: skip
-                _store(
+                store_tile(
                     table, result, batch, r, n, valid, acc, CV, DT, SIZE, DV_MINOR, DV_VECTOR,
                     DV_WIDE,
                 )  # fmt: skip

@@ -146,3 +146,56 @@ def dot(a, b, acc, DOT: tl.constexpr):
         return tl.dot(to_tf32(a), to_tf32(b), acc, input_precision="tf32")
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(
+    table,
+    row,
+    batch,
+    c,
+    n,
+    valid,
+    WIDTH: tl.constexpr,
+    DT: tl.constexpr,
+    SIZE: tl.constexpr,
+    MINOR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A float32 tile of channels ``c`` and tokens ``n`` of a slot; 0 outside of it."""
+    base = slot_base(table, row, batch, DT, SIZE, VECTOR)
+    offsets = slot_offsets(table, row, c[:, None], n[None, :], MINOR, VECTOR, WIDE)
+    mask = (c < WIDTH)[:, None] & valid[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    table,
+    row,
+    batch,
+    c,
+    n,
+    valid,
+    x,
+    WIDTH: tl.constexpr,
+    DT: tl.constexpr,
+    SIZE: tl.constexpr,
+    MINOR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write a tile, rounded to the type of the slot; nothing where the slot has address 0."""
+    if tl.load(table + row) != 0:
+        base = slot_base(table, row, batch, DT, SIZE, VECTOR)
+        offsets = slot_offsets(table, row, c[:, None], n[None, :], MINOR, VECTOR, WIDE)
+        mask = (c < WIDTH)[:, None] & valid[None, :]
+        tl.store(base + offsets, x.to(DT), mask=mask)
+
+
+@triton.jit
+def map_tile(x, c, valid, WIDTH: tl.constexpr, PHI: tl.constexpr, DOT: tl.constexpr):
+    """phi(x), and 0 outside of the slot."""
+    mask = (c < WIDTH)[:, None] & valid[None, :]
+    return tl.where(mask, feature_map(x, PHI, DOT == "ieee"), 0.0)

@@ -153,6 +153,14 @@ def layout(slots: Sequence[Tensor | None]) -> Layout:
     return Layout(minor, vector, wide)
 
 
+def layout_constants(**layouts: Layout) -> dict[str, Any]:
+    """Constants of kernels that describe their arguments, with the names of these in front."""
+    constants: dict[str, Any] = {}
+    for name, (minor, vector, wide) in layouts.items():
+        constants |= {f"{name}_MINOR": minor, f"{name}_VECTOR": vector, f"{name}_WIDE": wide}
+    return constants
+
+
 class Table:
     """Rows under construction; each ``add`` returns where in the table its rows begin."""
 

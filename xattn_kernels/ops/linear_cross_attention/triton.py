@@ -25,10 +25,8 @@ from xattn_kernels.triton.linear_tiles import (
     source_gradient_tiles,
     state_tiles,
 )
-from xattn_kernels.triton.runtime import Table, blocks, ceil_div, layout
-
-#: Elements of states that a program of the summing kernel has.
-_REDUCE_BLOCK = 512
+from xattn_kernels.triton.runtime import Table, blocks, ceil_div, layout, layout_constants
+from xattn_kernels.triton.states import Chunks
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -143,7 +141,7 @@ class _Call:
         self.dot = runtime.precision(query.dtype)
         self.eps = eps
         self.table = Table()
-        self.device_table: Tensor | None = None
+        self.device_table: Any = None
         self.constants: dict[str, Any] = {
             "C": self.channels,
             "CV": self.value_channels,
@@ -170,43 +168,31 @@ class _States:
         self.call = call
         self.weights = weights
         tokens = [0 if v is None else k.size(2) for k, v in zip(keys, values, strict=True)]
-        self.longest = max(tokens, default=0)
-        self.chunk = chunk_of(call.batch, self.longest)
-        starts = [0]
-        for n in tokens:
-            starts.append(starts[-1] + ceil_div(n, self.chunk))
-        self.slots = len(tokens)
+        self.chunks = Chunks(call.table, tokens, call.batch, call.value_channels, keys[0])
         self.keys, self.values = call.table.add_slots(keys), call.table.add_slots(values)
-        self.starts = call.table.add(starts)
         self.layouts = layout(keys), layout(values)
-        self.parts = keys[0].new_empty(
-            starts[-1], call.batch, call.value_channels + 1, call.channels, dtype=torch.float32
-        )
 
     def compute(self) -> None:
         """Sum over the tokens of every chunk."""
         from xattn_kernels.triton.linear_kernels import state_kernel
 
-        call = self.call
-        splits = ceil_div(self.longest, self.chunk)
-        if splits == 0:
-            return
+        call, chunks = self.call, self.chunks
         tiles = state_tiles(call.channels, call.value_channels, call.dot)
         groups = ceil_div(call.channels, sum(tiles.columns))
         groups *= ceil_div(call.value_channels, sum(tiles.rows))
         launch(
             state_kernel,
-            groups * splits * call.batch * self.slots,
+            groups * chunks.per_slot * call.batch * chunks.slots,
             call.device_table,
-            self.parts if self.weights is None else self.weights,
-            self.parts,
+            chunks.sums if self.weights is None else self.weights,
+            chunks.sums,
             self.keys,
             self.values,
-            self.starts,
+            chunks.starts,
             call.batch,
-            splits,
-            self.chunk,
-            self.longest if self.weights is None else self.weights.size(3),
+            chunks.per_slot,
+            chunks.size,
+            0 if self.weights is None else self.weights.size(3),
             **call.constants,
             R0=tiles.rows[0],
             R1=tiles.rows[1],
@@ -214,54 +200,13 @@ class _States:
             C1=tiles.columns[1],
             BN=tiles.tokens,
             WEIGHTED=self.weights is not None,
-            **_layouts(K=self.layouts[0], V=self.layouts[1]),
+            **layout_constants(K=self.layouts[0], V=self.layouts[1]),
             warps=tiles.warps,
-            stages=2,
         )
 
-    def reduce(
-        self,
-        lists: int,
-        count: int,
-        initial_s: Tensor | None,
-        initial_z: Tensor | None,
-        out_s: Tensor,
-        out_z: Tensor,
-        by_member: bool = False,
-    ) -> None:
-        """Sum the states of the slots in every list, and what these or the list start from."""
-        from xattn_kernels.triton.linear_kernels import reduce_kernel
-
-        call = self.call
-        size = (call.value_channels + 1) * call.channels
-        launch(
-            reduce_kernel,
-            ceil_div(size, _REDUCE_BLOCK) * call.batch * count,
-            call.device_table,
-            self.parts,
-            out_s if initial_s is None else initial_s,
-            out_z if initial_z is None else initial_z,
-            out_s,
-            out_z,
-            lists,
-            self.starts,
-            call.batch,
-            C=call.channels,
-            CV=call.value_channels,
-            BLOCK=_REDUCE_BLOCK,
-            HAS_S=initial_s is not None,
-            HAS_Z=initial_z is not None,
-            BY_MEMBER=by_member,
-            warps=4,
-        )
-
-
-def chunk_of(batch: int, longest: int) -> int:
-    """Tokens of a chunk: few enough for some hundred programs, and their states cost little."""
-    chunk = 256
-    while chunk < 2048 and 128 * chunk < batch * longest:
-        chunk *= 2
-    return chunk
+    def reduce(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`Chunks.reduce`."""
+        self.chunks.reduce(self.call.device_table, *args, **kwargs)
 
 
 def _outputs(
@@ -277,8 +222,6 @@ def _outputs(
 
     tiles = output_tiles(call.channels, call.value_channels, call.dot)
     steps = blocks([q.size(2) for q in queries], tiles.tokens)
-    if steps == 0:
-        return
     groups = ceil_div(call.value_channels, sum(tiles.rows))
     launch(
         output_kernel,
@@ -296,9 +239,8 @@ def _outputs(
         R1=tiles.rows[1],
         BK=tiles.step,
         BM=tiles.tokens,
-        **_layouts(Q=layout(queries), O=layout(outputs)),
+        **layout_constants(Q=layout(queries), O=layout(outputs)),
         warps=tiles.warps,
-        stages=2,
     )
 
 
@@ -317,8 +259,6 @@ def _query_gradients(
 
     tiles = query_gradient_tiles(call.channels, call.value_channels, call.dot)
     steps = blocks([q.size(2) for q in query], tiles.tokens)
-    if steps == 0:
-        return
     launch(
         query_gradient_kernel,
         steps * call.batch * len(query),
@@ -337,9 +277,8 @@ def _query_gradients(
         C1=tiles.rows[1],
         BK=tiles.step,
         BM=tiles.tokens,
-        **_layouts(Q=layout(query), G=layout(grad_outputs), R=layout(query_grads)),
+        **layout_constants(Q=layout(query), G=layout(grad_outputs), R=layout(query_grads)),
         warps=tiles.warps,
-        stages=2,
     )
 
 
@@ -355,8 +294,6 @@ def _source_gradients(
     key, value, key_grads, value_grads = slots
     tiles = source_gradient_tiles(call.channels, call.value_channels, call.dot)
     steps = blocks([0 if k is None else k.size(2) for k in key], tiles.tokens)
-    if steps == 0:
-        return
     groups = sum(ceil_div(w, tiles.rows[0]) for w in (call.channels, call.value_channels))
     launch(
         source_gradient_kernel,
@@ -371,15 +308,8 @@ def _source_gradients(
         BR=tiles.rows[0],
         BK=tiles.step,
         BN=tiles.tokens,
-        **_layouts(K=layout(key), V=layout(value), DK=layout(key_grads), DV=layout(value_grads)),
+        **layout_constants(
+            K=layout(key), V=layout(value), DK=layout(key_grads), DV=layout(value_grads)
+        ),
         warps=tiles.warps,
-        stages=2,
     )
-
-
-def _layouts(**layouts: runtime.Layout) -> dict[str, Any]:
-    """Constants of kernels that describe their arguments."""
-    constants: dict[str, Any] = {}
-    for name, (minor, vector, wide) in layouts.items():
-        constants |= {f"{name}_MINOR": minor, f"{name}_VECTOR": vector, f"{name}_WIDE": wide}
-    return constants
