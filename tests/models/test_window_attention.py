@@ -7,7 +7,7 @@ import torch
 from network_support import perturb
 from torch import nn
 
-from xattn_models import op_by_op
+from xattn_models import op_by_op, window_attention
 from xattn_models.window_attention import (
     WINDOW,
     WindowBlock,
@@ -29,9 +29,13 @@ def pair(channels: int = 12, heads: int = 6, depth: int = 2) -> tuple[nn.Module,
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_as_op_by_op(size: tuple[int, int], depth: int) -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_as_op_by_op(
+    size: tuple[int, int], depth: int, explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also what reaches the parameters: padded tokens are keys and reach the bias of qkv."""
+    monkeypatch.setattr(window_attention, "_is_faster_explicit", lambda _: explicit)
     ours, theirs = pair(depth=depth)
     x = torch.randn(2, 12, *size, dtype=torch.float64)
     weight = torch.randn_like(x)
