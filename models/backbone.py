@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import DerivedCache
+from xattn_kernels.ops.features import is_transformed
 
 from .timm_compat import import_timm
 
@@ -100,6 +101,7 @@ def _can_fold(backbone: nn.Module, image: Tensor) -> bool:
     modules = list(backbone.modules())
     return (
         not torch.compiler.is_compiling()
+        and not is_transformed()
         and not torch.is_autocast_enabled(image.device.type)
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         and normalisation.is_inference([backbone], [image])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import cast_for_autocast, without_autocast
-from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
 
 
 class Projection(nn.Module):
@@ -98,8 +98,8 @@ class BasicBlock(CacheOwner):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and is_stock(self) and normalisation.is_inference([self], [x]):
+        traced = torch.compiler.is_compiling() or is_transformed()
+        if not traced and is_stock(self) and normalisation.is_inference([self], [x]):
             x = cast_for_autocast(x).contiguous(memory_format=torch.channels_last)
             with without_autocast(x):
                 return self.cached("block", x.dtype)(x)
