@@ -45,7 +45,9 @@ class SCAMTL(CacheOwner):
     ``backbone.*``, ``swTransform{1..4}.*``, ``fpm_scale_{3,2,1}.*``, ``scale_{0..3}.*``,
     ``distillation_scale_{0..3}.*``, ``heads.<t>.*``.
 
-    `sca_mtl` builds one from the name of a backbone.
+    `sca_mtl` builds one from the name of a backbone. In inference, copies of the weights with batch
+    norms folded in are kept beside the parameters; they follow every change of these but writes
+    through ``tensor.data``, after which `clear_cache` is due.
 
     Args:
         backbone: a pyramid of four scales, see `create_backbone`.
@@ -128,9 +130,9 @@ class SCAMTL(CacheOwner):
                 autocast, any), normalised as the backbone expects.
 
         Returns:
-            (B, n_t, H, W) for every task: logits, or values for depth and normals. And under
-            "deep_supervision" a dict of "scale_0" .. "scale_3", each a dict of the initial
-            predictions (B, n_t, H / 4 / 2^s, W / 4 / 2^s) of every auxiliary task.
+            (B, n_t, H, W) for every task, in channels_last: logits, or values for depth and
+            normals. And under "deep_supervision" a dict of "scale_0" .. "scale_3", each a dict of
+            the initial predictions (B, n_t, H / 4 / 2^s, W / 4 / 2^s) of every auxiliary task.
 
         Raises:
             TypeError: for another dtype.
@@ -176,6 +178,8 @@ def sca_mtl(
     backbone_arguments: Mapping[str, Any] | None = None,
 ) -> SCAMTL:
     """An `SCAMTL` on a backbone of timm.
+
+    A published one is ``sca_mtl(**config("nyud_4").arguments())``, see `xattn_models.CONFIGS`.
 
     Args:
         tasks: see `SCAMTL`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -173,6 +174,21 @@ def test_bfloat16() -> None:
         actual = flat(ours.bfloat16()(image(dtype=torch.bfloat16)), ours)
     assert {x.dtype for x in actual.values()} == {torch.bfloat16}
     assert_close(actual, expected, 0.15)
+
+
+def test_concurrent_calls() -> None:
+    """From a cold cache and of several sizes, bitwise as one after the other."""
+    model, _ = pair(dtype=torch.float32)
+    images = [image(1, 32 * (1 + i % 3), 64, torch.float32) for i in range(9)]
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)["semseg"]
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, images))
+    for x, y in zip(images, together, strict=True):
+        assert torch.equal(run(x), y)
 
 
 def test_copies() -> None:
