@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -189,38 +190,38 @@ class Windows(NamedTuple):
 
 def windows(batch: int, height: int, width: int, shift: int, device: torch.device) -> Windows:
     """The windows of a map after a cyclic shift up and left."""
-    count = batch * height * width
-    numbers = torch.arange(count, device=device).view(batch, height, width)
-    padded = F.pad(numbers, (0, -width % WINDOW, 0, -height % WINDOW), value=count)
+    right, below = -width % WINDOW, -height % WINDOW
+    shapes = ((batch, height, width), (batch, height, right), (batch, below, width + right))
+    sizes = [math.prod(shape) for shape in shapes]
+    numbers = torch.arange(sum(sizes), device=device)
+    tokens, *padding = (part.view(s) for part, s in zip(numbers.split(sizes), shapes, strict=True))
+    padded = torch.cat([torch.cat([tokens, padding[0]], dim=2), padding[1]], dim=1)
     rolled = torch.roll(padded, (-shift, -shift), (1, 2))
     grid = rolled.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
     grid = grid.flatten(3)  # (B, rows of windows, columns of windows, 49)
     wrapped = torch.arange(WINDOW, device=device) >= WINDOW - shift
-    right, bottom = wrapped.repeat(WINDOW), wrapped.repeat_interleave(WINDOW)
-    right, bottom = (side[:, None] != side for side in (right, bottom))
+    at_right, at_bottom = (
+        side[:, None] != side
+        for side in (wrapped.repeat(WINDOW), wrapped.repeat_interleave(WINDOW))
+    )
     kinds: list[tuple[Tensor, Tensor | None]] = [(grid, None)]
     if shift:
         kinds = [
             (grid[:, :-1, :-1], None),
-            (grid[:, :-1, -1:], right),
-            (grid[:, -1:, :-1], bottom),
-            (grid[:, -1:, -1:], right | bottom),
+            (grid[:, :-1, -1:], at_right),
+            (grid[:, -1:, :-1], at_bottom),
+            (grid[:, -1:, -1:], at_right | at_bottom),
         ]
     kinds = [(part.reshape(-1, WINDOW**2), apart) for part, apart in kinds if part.numel()]
     members = torch.cat([part for part, _ in kinds])
-    missing = members.numel() - count
-    padding = None
-    if missing:
-        # Not by `nonzero`, whose size torch.compile could not know.
-        padding = (members.flatten() == count).byte().argsort(stable=True)[-missing:]
-    places = torch.empty(count + 1, dtype=members.dtype, device=device)
-    places[members.flatten()] = torch.arange(members.numel(), device=device)
+    places = torch.empty_like(numbers)
+    places[members.flatten()] = numbers
     return Windows(
-        members.clamp_max(count - 1),
-        padding,
-        [len(part) for part, _ in kinds],
+        members.clamp_max(sizes[0] - 1),
+        places[sizes[0] :] if right or below else None,
+        [part.shape[0] for part, _ in kinds],
         [apart for _, apart in kinds],
-        places[:-1].view(batch, height, width),
+        places[: sizes[0]].view(batch, height, width),
     )
 
 
