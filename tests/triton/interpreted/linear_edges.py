@@ -18,7 +18,7 @@ from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing.cases import CASES, LAYOUTS, Case, single
 from xattn_kernels.triton import runtime
 
-RAGGED = Case("ragged", Schedule.cross_scale(3), (70, 24, 9), (70, 24, 9), channels=18, batch=2)
+RAGGED = Case("ragged", Schedule.cross_scale(3), (70, 24, 9), (70, 24, 9), channels=18, batch=1)
 MIXED = next(case for case in CASES if case.name == "mixed")
 
 
@@ -102,7 +102,7 @@ def test_outputs_without_a_gradient() -> None:
     outputs = run(MIXED, leaves)
     with xk.backend("reference"):
         expected = run(MIXED, leaves)
-    for used in ([0], [1], [2], [0, 2], [3], [4], [1, 4]):
+    for used in ([0, 2], [3], [4], [1, 4]):
         grads = [
             torch.autograd.grad(
                 [results[i] for i in used],
