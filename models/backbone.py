@@ -87,9 +87,9 @@ def pyramid(backbone: nn.Module, image: Tensor, cache: DerivedCache | None = Non
         cache: keeps a copy of the backbone with its batch norms folded into the convolutions, which
             is run instead in inference.
     """
-    if cache is not None and _can_fold(backbone, image):
-        tensors = [*backbone.parameters(), *backbone.buffers()]
-        features = cache.get("backbone", tensors, None, lambda: _fold(backbone))(image)
+    sources = None if cache is None else _folded_sources(backbone, image)
+    if cache is not None and sources is not None:
+        features = cache.get("backbone", *sources, lambda: _fold(backbone))(image)
     else:
         features = backbone(image)
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
@@ -97,15 +97,35 @@ def pyramid(backbone: nn.Module, image: Tensor, cache: DerivedCache | None = Non
     return list(features)
 
 
-def _can_fold(backbone: nn.Module, image: Tensor) -> bool:
-    modules = list(backbone.modules())
-    return (
-        not torch.compiler.is_compiling()
-        and not is_transformed()
-        and not torch.is_autocast_enabled(image.device.type)
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        and normalisation.is_inference([backbone], [image])
-    )
+def _folded_sources(
+    backbone: nn.Module, image: Tensor
+) -> tuple[list[Tensor], tuple[float, ...]] | None:
+    """Parameters and buffers, and eps of the norms; None where the backbone itself must be run.
+
+    One pass over the modules: they are many, and this is done in every call.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return None
+    gradient = torch.is_grad_enabled()
+    if (gradient and image.requires_grad) or torch.is_autocast_enabled(image.device.type):
+        return None
+    tensors: list[Tensor] = []
+    eps: list[float] = []
+    stack = [backbone]
+    while stack:
+        module = stack.pop()
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if isinstance(module, nn.BatchNorm2d):
+            if normalisation.uses_batch(module):
+                return None
+            eps.append(module.eps)
+        tensors += [x for x in module._parameters.values() if x is not None]
+        tensors += [x for x in module._buffers.values() if x is not None]
+        stack += [child for child in module._modules.values() if child is not None]
+    if gradient and any(x.requires_grad for x in tensors):
+        return None
+    return tensors, tuple(eps)
 
 
 def _fold(backbone: nn.Module) -> nn.Module:
