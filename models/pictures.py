@@ -160,10 +160,10 @@ def sheet(
     for number, (pixels, caption) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize="small")
+        axes.set_title(caption, fontsize="small", parse_math=False)
         axes.axis("off")
     if title:
-        figure.suptitle(title, fontsize="medium")
+        figure.suptitle(title, fontsize="medium", parse_math=False)
     figure.savefig(path, dpi=dpi)
 
 

@@ -105,10 +105,10 @@ def test_files_tell_what_they_show(tmp_path: Path) -> None:
 def test_sheet(count: int, size: tuple[int, int], tmp_path: Path) -> None:
     width, height = size
     drawn = {
-        f"task{i}": pictures.draw(f"task{i}", RANDOM.normal(size=(1, height, width)))
+        f"task{i}": pictures.draw(f"task$_{{{i}", RANDOM.normal(size=(1, height, width)))
         for i in range(count)
     }
-    pictures.sheet(tmp_path / "sheet.png", Image.new("RGB", size, "red"), drawn, title="title")
+    pictures.sheet(tmp_path / "sheet.png", Image.new("RGB", size, "red"), drawn, title=r"a $b_{c")
     with Image.open(tmp_path / "sheet.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert 100 < pixels.shape[0] < 3000 and 300 < pixels.shape[1] < 3000
