@@ -196,6 +196,8 @@ def from_checkpoint(
         missing = [task for task in tasks if task not in known]
         if missing:
             raise ValueError(f"{path}: has no outputs of {missing}, but of {list(known)}")
+        sources = found.get("auxiliary_tasks") or tasks
+        found["num_outputs"] = {task: known[task] for task in sources if task in known}
     if "tasks" not in found:
         raise ValueError(
             f"{path}: has the tasks {', '.join(sorted(found['num_outputs']))}, but does not tell "
