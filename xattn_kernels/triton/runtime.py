@@ -9,7 +9,8 @@ rows of one int64 table in device memory, which a kernel indexes by slot. Where 
 * While a graph is captured nothing is copied from the host, which a replay would do again from
   memory that is gone: a small kernel writes the table from its own arguments, which the graph
   keeps, into memory of the graph's pool. Cached tables are not used there, as a graph may outlive
-  them.
+  them. As ever with Triton, a call with the same shapes must have run before: compiling and loading
+  do not go with capturing.
 """
 
 from __future__ import annotations
@@ -194,6 +195,7 @@ class Table:
             return torch.tensor(self.values, dtype=torch.int64, device=device)
         if torch.cuda.is_current_stream_capturing():
             return _write(self.values, device)
+        _load_writer(device.index)
         key = (tuple(self.values), device.index, torch.cuda.current_stream(device).cuda_stream)
         with _lock:
             table = _tables.get(key)
@@ -221,6 +223,12 @@ def _write(values: Sequence[int], device: torch.device) -> Tensor:
     for start in range(0, len(padded), ARGUMENTS):
         write_kernel[(1,)](table, start, *padded[start : start + ARGUMENTS], num_warps=1)
     return table
+
+
+@functools.cache
+def _load_writer(device: int) -> None:
+    """Load the kernel that graphs need, which may not be possible while one is captured."""
+    _write([0], torch.device("cuda", device))
 
 
 def pieces(width: int) -> tuple[int, int]:
