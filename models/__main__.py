@@ -199,7 +199,7 @@ def _export(options: argparse.Namespace) -> int:
             model, size, batch=options.batch, dynamic=options.dynamic, engine=options.engine
         )
         torch.export.save(program, out)
-        print(f"{out}: import xattn_kernels, then torch.export.load")
+        print(f"{out}: import xattn_kernels, torch.export.load it, run it under torch.no_grad")
         return 0
     error = export.export_onnx(model, out, size, batch=options.batch, dynamic=options.dynamic)
     if error is None:

@@ -50,7 +50,8 @@ def export(
     "reference"; it needs neither ``xattn_models`` nor timm::
 
         import torch, xattn_kernels
-        outputs = torch.export.load("sca_mtl.pt2").module()(image)
+        with torch.no_grad():  # the program writes into views, as inference may
+            outputs = torch.export.load("sca_mtl.pt2").module()(image)
 
     The engine is chosen here, for the model's device, and is part of the program.
 

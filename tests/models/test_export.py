@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,18 @@ TASKS = ("semseg", "depth")
 RUN = """
 import sys, torch, xattn_kernels
 image, expected = torch.load(sys.argv[2])
-found = torch.export.load(sys.argv[1]).module()(image)
+with torch.no_grad():
+    found = torch.export.load(sys.argv[1]).module()(image)
 assert "xattn_models" not in sys.modules and "timm" not in sys.modules
 for task, y in expected.items():
     assert (found[task] - y).abs().max() <= 1e-6 * y.abs().max(), task
 """
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def compare(actual: object, expected: object, tolerance: float) -> None:
 
 
 def evaluate(model: SCAMTL, image: torch.Tensor, engine: str) -> dict[str, object]:
-    with backend(engine), torch.no_grad():
+    with backend(engine):
         return dict(model(image))
 
 
