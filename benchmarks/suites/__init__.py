@@ -1,4 +1,13 @@
 """Suites of benchmarks, one module each, with a function `run` as `benchmarks.core.Suite` says."""
 
 #: In the order in which they run.
-SUITES = ("cam", "cam_memory", "training", "softmax", "linear")
+SUITES = (
+    "cam",
+    "cam_memory",
+    "training",
+    "softmax",
+    "linear",
+    "head",
+    "network",
+    "network_training",
+)

@@ -1,0 +1,87 @@
+"""Problems of the suites on whole networks: op by op, this library's, and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.problems import IMAGE, TASKS, as_if_trained
+from xattn_kernels.convert import convert_
+from xattn_kernels.cost import STRIDES
+from xattn_kernels.cost_network import BASE_WIDTHS
+from xattn_models import op_by_op
+from xattn_models.sca_mtl import SCAMTL, sca_mtl
+
+NUM_OUTPUTS = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
+OP_BY_OP, COMPILED, OURS, CONVERTED = "op by op", "compiled", "ours", "converted"
+ERROR = 1e-5
+"""Largest relative L2 error of an output in float32."""
+Size = tuple[int, int]
+
+
+class FixedPyramid(nn.Module):
+    """In place of a backbone: the same features whatever the image."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.feature_info = SimpleNamespace(channels=list(BASE_WIDTHS).copy)
+        generator = torch.Generator().manual_seed(0)
+        for s, (width, stride) in enumerate(zip(BASE_WIDTHS, STRIDES, strict=True)):
+            shape = (1, width, size[0] // stride, size[1] // stride)
+            self.register_buffer(f"scale_{s}", torch.randn(shape, generator=generator))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [self.get_buffer(f"scale_{s}") for s in range(len(STRIDES))]
+
+
+def make(way: str, size: Size = IMAGE, *, backbone: bool = False) -> nn.Module:
+    """A network of T = 4 tasks in eval mode; all ways have the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        source = op_by_op.SCAMTL(
+            TASKS, NUM_OUTPUTS, "hrnet_w18_small_v2" if backbone else FixedPyramid(size)
+        )
+        as_if_trained(source)
+    model: nn.Module = source
+    if way == OURS:
+        model = (
+            sca_mtl(TASKS, NUM_OUTPUTS)
+            if backbone
+            else SCAMTL(FixedPyramid(size), TASKS, NUM_OUTPUTS)
+        )
+        model.load_state_dict(source.state_dict())
+    elif way == CONVERTED:
+        left = convert_(source).left
+        assert not left, left
+    return model.eval()
+
+
+def image(size: Size = IMAGE) -> Tensor:
+    """(1, 3, H, W), standard normal."""
+    return torch.randn((1, 3, *size), generator=torch.Generator().manual_seed(2))
+
+
+def targets(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The outputs of the tasks alone."""
+    return {task: output[task] for task in TASKS}
+
+
+def check_outputs(
+    way: str, found: Mapping[str, Tensor], exact: Mapping[str, Tensor], allowed: float = ERROR
+) -> None:
+    """Raises AssertionError for a relative L2 error above `allowed`."""
+    for name, truth in exact.items():
+        error = float((found[name] - truth).norm() / truth.norm())
+        if not error <= allowed:
+            raise AssertionError(
+                f"{way}, {name}: relative L2 error {error:.1e}, allowed {allowed:.0e}"
+            )
+
+
+def in_inference(model: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """A call without gradients."""
+    return torch.no_grad()(lambda: model(*arguments))

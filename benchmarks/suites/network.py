@@ -1,0 +1,102 @@
+"""The network after its backbone, T=4, inference: op by op, compiled, ours, converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import environment
+from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from benchmarks.networks import (
+    COMPILED,
+    CONVERTED,
+    NUM_OUTPUTS,
+    OP_BY_OP,
+    OURS,
+    Size,
+    check_outputs,
+    image,
+    in_inference,
+    make,
+    targets,
+)
+from benchmarks.problems import IMAGE
+from xattn_kernels import flops
+from xattn_kernels.cost_network import network_flops
+from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+
+MIB = 2**20
+VS_OURS, RISE, GFLOP = "/ ours", "rise at peak, MiB", "GFLOP with backbone"
+
+
+def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Result:
+    """Check and time, then count memory and operations."""
+    result = Result(
+        f"Network without backbone: T=4, {size[0]}x{size[1]}, B=1, fp32, inference",
+        ["way", "forward", VS_OURS, RISE, GFLOP],
+        notes=[
+            f"{TIMES}. compiled: torch.compile of op by op. converted: op by op after convert_. "
+            "rise at peak: resident memory in a process's first call beyond that before it, "
+            "outputs and folded weights included. GFLOP: counted by torch while the whole network "
+            "ran, 2 for a multiply-add."
+        ],
+    )
+    missing = environment.compiler_error()
+    if missing is not None:
+        result.notes.append(f"Without {COMPILED}: {missing}.")
+    say("checking")
+    x = image(size)
+    calls = {way: in_inference(make(way, size), x) for way in (OP_BY_OP, OURS, CONVERTED)}
+    if missing is None:
+        compiled: Any = torch.compile(make(OP_BY_OP, size))
+        calls[COMPILED] = in_inference(compiled, x)
+    exact = targets(in_inference(make(OP_BY_OP, size).double(), x.double())())
+    for way, call in calls.items():
+        if way == COMPILED:
+            say("compiling the op-by-op version")
+        check_outputs(way, targets(call()), exact)
+    say("counting operations")
+    counted = {way: count(way, size) for way in (OP_BY_OP, OURS)}
+    say("timing")
+    timings = interleaved(
+        calls,
+        repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
+        min_sample_s=preset.sample_seconds,
+    )
+    say("memory")
+    rises = {way: in_fresh_process(rise_bytes, way, size) for way in (OP_BY_OP, OURS)}
+    gains = {way: timing.median / timings[OURS].median for way, timing in timings.items()}
+    for way, timing in timings.items():
+        row: dict[str, Any] = {"way": way, "forward": milliseconds(timing), VS_OURS: gains[way]}
+        if way in rises:
+            row |= {RISE: rises[way] / MIB, GFLOP: counted[way] / 1e9}
+        result.rows.append(row)
+    result.bars = [
+        Bar("network, op by op / ours", 2.2, ">=", gains[OP_BY_OP], "x"),
+        Bar("network, torch.compile / ours", 1.5, ">=", gains.get(COMPILED), "x", missing or ""),
+        Bar("network, converted / ours", 1.1, "<=", gains[CONVERTED], "x"),
+        Bar("network, peak memory, ours / op by op", 0.5, "<=", rises[OURS] / rises[OP_BY_OP], "x"),
+        Bar("network, counted operations", 190.0, "<=", counted[OURS] / 1e9, " GFLOP"),
+    ]
+    return result
+
+
+def count(way: str, size: Size) -> int:
+    """FLOP of the whole network, counted, which have to be those of the cost model.
+
+    Raises:
+        AssertionError: if they are not.
+    """
+    found = flops.count(in_inference(make(way, size, backbone=True), image(size)))
+    cost = network_flops([*NUM_OUTPUTS.values()], size, rewritten=way == OURS)
+    if found != cost.total:
+        raise AssertionError(f"{way}: {found} FLOP counted, {cost.total} by the cost model")
+    return found
+
+
+def rise_bytes(way: str, size: Size) -> int:
+    """Resident bytes at the peak of this process's first call beyond those before it."""
+    in_inference(make(way, (32, 32)), image((32, 32)))()
+    return peak_memory(in_inference(make(way, size), image(size))).rise

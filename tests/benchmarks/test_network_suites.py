@@ -1,0 +1,83 @@
+"""Suites on heads and networks fill their tables, on images of hardly any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import environment, networks
+from benchmarks.core import PRESETS, Result
+from benchmarks.suites import SUITES, head, network, network_training
+
+SMOKE = PRESETS["smoke"]
+SIZE = (32, 64)
+BATCH_SIZE = (64, 64)
+
+
+def quiet(text: str) -> None:
+    assert text
+
+
+def complete(result: Result) -> None:
+    assert result.failure is None and result.notes
+    assert {name for row in result.rows for name in row} == set(result.columns)
+    assert all(bar.value is not None or bar.note for bar in result.bars)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "compiler_error", lambda: "no compiler today")
+    for suite in (head, network, network_training):
+        monkeypatch.setattr(suite, "in_fresh_process", lambda *_: 2**20)
+
+
+def test_registered() -> None:
+    assert SUITES[-3:] == ("head", "network", "network_training")
+
+
+def test_head() -> None:
+    result = head.run(SMOKE, quiet, SIZE)
+    complete(result)
+    assert "Without compiled: no compiler today." in result.notes
+    assert result.bars[1].value is None
+
+
+def test_network() -> None:
+    result = network.run(SMOKE, quiet, SIZE)
+    complete(result)
+    assert [row["way"] for row in result.rows] == ["op by op", "ours", "converted"]
+
+
+def test_network_training() -> None:
+    complete(network_training.run(SMOKE, quiet, BATCH_SIZE))
+
+
+def test_memory() -> None:
+    assert head.rise_bytes(head.OURS, SIZE) >= 0
+    assert network.rise_bytes(network.OURS, SIZE) >= 0
+
+
+def test_wrong_operations_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.flops, "count", lambda call: 5)
+    with pytest.raises(AssertionError, match="ours: 5 FLOP counted"):
+        network.count(network.OURS, SIZE)
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = networks.make
+
+    def wrong(way: str, *args: Any, **options: Any) -> torch.nn.Module:
+        model = original(way, *args, **options)
+        if way == networks.OURS:
+            with torch.no_grad():
+                model.heads["depth"].last_layer[3].bias += 1
+        return model
+
+    for suite in (network, network_training):
+        monkeypatch.setattr(suite, "make", wrong)
+        monkeypatch.setattr(suite, "interleaved", None)
+        size = SIZE if suite is network else BATCH_SIZE
+        with pytest.raises(AssertionError, match="ours, depth: relative L2 error"):
+            suite.run(SMOKE, quiet, size)
