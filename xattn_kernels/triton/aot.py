@@ -44,7 +44,7 @@ class Resources(NamedTuple):
 
     registers: int
     spills: int
-    """Bytes that a thread stores for want of registers."""
+    """Instructions that store or load registers for want of them."""
     stack: int
     shared: int
     """Bytes of a program."""
@@ -98,7 +98,7 @@ def resources(compiled: Any) -> Resources:
     loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[^;]*;", ptx)
     return Resources(
         registers=_number(r"REG:(\d+)", report),
-        spills=4 * counts["local"],
+        spills=counts["local"],
         stack=_number(r"STACK:(\d+)", report),
         shared=compiled.metadata.shared,
         tf32=len(re.findall(r"(?:mma|tcgen05)[^;\n]*tf32", ptx)),

@@ -144,6 +144,8 @@ def backward(
     width, value_width = query[0].size(1) // heads, value[0].size(1) // heads
     dot = runtime.precision(query[0].dtype)
     tiles = gradient_tiles(width, value_width, dot)
+    # Two tiles of float32 features in flight would be more shared memory than consumer cards have.
+    stages = 1 if dot == "tf32" and query[0].element_size() == 4 else 2
     shared: dict[str, Any] = {
         **_constants(query[0], heads),
         "V": value_width,
@@ -205,6 +207,7 @@ def backward(
                 D1=second,
                 **layout_constants(R=_layout(query_grads, heads)),
                 warps=tiles.warps,
+                stages=stages,
             )
         with_keys = any(x is not None for x in key_grads)
         with_values = any(x is not None for x in value_grads)
@@ -240,6 +243,7 @@ def backward(
                 WITH_VALUES=values_now,
                 **layout_constants(DK=_layout(key_grads, heads), DV=_layout(value_grads, heads)),
                 warps=tiles.warps,
+                stages=stages,
             )
     return gradients
 

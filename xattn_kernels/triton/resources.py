@@ -1,0 +1,192 @@
+# mypy: disable-error-code="import-untyped"
+"""What the Triton kernels take of a GPU, compiled for GPUs that need not be there.
+
+``python -m xattn_kernels.triton.resources FILE`` compiles every kernel that the operators launch,
+for the published widths, every element type and architecture, and writes a table as JSON: one line
+a kernel with registers, spills, shared memory and instruction mix. It takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn_kernels.schedule import Schedule
+from xattn_kernels.triton import aot
+from xattn_kernels.triton.launch import Launch, recorded
+
+#: Widths of the published networks and tokens of a slot (multiples of 16, as theirs but 300).
+SIZES = {36: 19200, 72: 4800, 144: 1200, 288: 304}
+CAPABILITIES = tuple(aot.SHARED_LIMITS)
+#: How features are stored and multiplied: ``tf32`` is float32 with tf32 products allowed.
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+OPERATORS = ("linear_cross_attention", "softmax_cross_attention", "cross_attention_block")
+
+#: Spilling instructions of a kernel that are tolerated, by how products are computed.
+SPILL_BUDGET = {"bf16": 80, "tf32": 64, "ieee": 16}
+
+
+class Case(NamedTuple):
+    """A call of an operator whose kernels are compiled."""
+
+    operator: str
+    channels: int
+    type: str
+
+    def launches(self) -> list[Launch]:
+        """The launches of a forward and, where there is one, a backward pass; each kind once."""
+        schedule = Schedule.cross_task(4)
+        dtype = TYPES[self.type]
+
+        def slots(count: int = 4) -> list[Tensor]:
+            shape = (1, self.channels, SIZES[self.channels])
+            return [torch.empty(shape, dtype=dtype) for _ in range(count)]
+
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.type == "tf32" else "ieee"
+        try:
+            with recorded() as found:
+                _CALLS[self.operator](slots, schedule)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        unique = {key_of(launch): launch for launch in found}
+        return list(unique.values())
+
+
+def key_of(launch: Launch) -> tuple[Any, ...]:
+    """What tells compiled kernels apart."""
+    types = tuple(x.dtype for x in launch.args if isinstance(x, Tensor))
+    constants = tuple(sorted((name, str(x)) for name, x in launch.constants.items()))
+    return (launch.kernel.__name__, types, constants, launch.warps, launch.stages)
+
+
+def cases(
+    operators: Sequence[str] = OPERATORS,
+    widths: Iterable[int] = tuple(SIZES),
+    types: Iterable[str] = tuple(TYPES),
+) -> list[Case]:
+    """All combinations."""
+    return [Case(op, width, name) for op in operators for width in widths for name in types]
+
+
+def rows(chosen: Sequence[Case], capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Compile the kernels of cases; one row for each kernel, constants and architecture."""
+    for case in chosen:
+        for launch in case.launches():
+            for capability in capabilities:
+                found = aot.resources(aot.compile_launch(launch, capability))
+                flags = ("WEIGHTED", "BY_MEMBER", "HAS_S", "WITH_KEYS", "WITH_VALUES")
+                yield {
+                    "sm": capability,
+                    "operator": case.operator,
+                    "C": case.channels,
+                    "type": case.type,
+                    "kernel": launch.kernel.__name__,
+                    "flags": [flag for flag in flags if launch.constants.get(flag) is True],
+                    "products": launch.constants.get("DOT", "none"),
+                    "warps": launch.warps,
+                    **found._asdict(),
+                }
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """Why a row is not acceptable."""
+    found = []
+    if row["shared"] > aot.SHARED_LIMITS[row["sm"]]:
+        found.append(f"{row['shared']} bytes of shared memory, the card has less")
+    budget = SPILL_BUDGET.get(row["products"], 0)
+    if row["spills"] > budget:
+        found.append(f"{row['spills']} spilling instructions, the budget is {budget}")
+    if row["tf32"] and row["products"] != "tf32":
+        found.append("products of tf32 operands that nobody asked for")
+    if row["products"] == "tf32" and not row["tf32"]:
+        found.append("no products of tf32 operands")
+    if row["products"] == "bf16" and not row["instructions"]["tensor"]:
+        found.append("no tensor core instructions")
+    if row["products"] != "ieee" and row["widest_load"] < 128:  # exact products have small tiles
+        found.append(f"no load is wider than {row['widest_load']} bits")
+    return found
+
+
+def identity(row: dict[str, Any]) -> str:
+    """What a row is about, as text."""
+    flags = "".join(f" {flag}" for flag in row["flags"])
+    where = f"sm_{row['sm']} {row['operator']} {row['type']} C={row['C']}"
+    return f"{where} {row['kernel']}{flags}"
+
+
+def _linear(slots: Any, schedule: Schedule) -> None:
+    from xattn_kernels.ops.linear_cross_attention import triton as engine
+
+    query, key, value, edges = slots(), slots(), slots(), schedule.triples_flat
+    outputs, s, z = engine.forward(query, key, value, edges, None, None, "softplus", 1e-12)
+    wanted = [True] * 12 + [False] * 2
+    engine.backward(
+        query, key, value, edges, s, z, outputs, None, None, "softplus", 1e-12, wanted
+    )  # fmt: skip
+
+
+def _softmax(slots: Any, schedule: Schedule) -> None:
+    from xattn_kernels.ops.softmax_cross_attention import triton as engine
+
+    query, key, value, edges = slots(), slots(), slots(), schedule.triples_flat
+    outputs, lse = engine.forward(query, key, value, edges, 1, 0.1)
+    engine.backward(
+        query, key, value, outputs, edges, lse, outputs, lse, 1, 0.1, [True] * 12
+    )  # fmt: skip
+
+
+def _block(slots: Any, schedule: Schedule) -> None:
+    from xattn_kernels.ops.cross_attention_block import triton as engine
+
+    features, outputs = slots(), slots(schedule.num_outputs)
+    channels, sets = features[0].size(1), schedule.num_weights
+    weight = features[0].new_zeros(sets, 5, channels, channels)
+    packed = engine.pack(weight, weight[..., 0], weight.dtype)
+    engine.forward(features, packed, sets, schedule.edges_flat, 1e-12, outputs)
+
+
+_CALLS = {
+    "linear_cross_attention": _linear,
+    "softmax_cross_attention": _softmax,
+    "cross_attention_block": _block,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the table; returns 1 if a row is not acceptable."""
+    import triton
+
+    parser = argparse.ArgumentParser(
+        prog="python -m xattn_kernels.triton.resources", description="Compile all Triton kernels."
+    )
+    parser.add_argument("file", type=Path, help="JSON file to write")
+    file = parser.parse_args(arguments).file
+    chosen = cases()
+    table, bad = [], 0
+    for number, case in enumerate(chosen, 1):
+        print(f"{number}/{len(chosen)} {case.operator} {case.type} C={case.channels}", flush=True)
+        for row in rows([case], CAPABILITIES):
+            table.append(row)
+            for problem in problems(row):
+                bad += 1
+                print(f"  {identity(row)}: {problem}", flush=True)
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in table)
+    file.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": [\n{lines}\n  ]\n}}\n')
+    print(f"{file}: {len(table)} kernels, {bad} not acceptable")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
