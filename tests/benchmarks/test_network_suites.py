@@ -13,7 +13,7 @@ from benchmarks.suites import SUITES, head, network, network_training
 
 SMOKE = PRESETS["smoke"]
 SIZE = (32, 64)
-BATCH_SIZE = (64, 64)
+TRAINING_SIZE = (128, 160)  # batch norms of a few values have large rounding errors
 
 
 def quiet(text: str) -> None:
@@ -51,7 +51,7 @@ def test_network() -> None:
 
 
 def test_network_training() -> None:
-    complete(network_training.run(SMOKE, quiet, BATCH_SIZE))
+    complete(network_training.run(SMOKE, quiet, TRAINING_SIZE))
 
 
 def test_memory() -> None:
@@ -78,6 +78,6 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for suite in (network, network_training):
         monkeypatch.setattr(suite, "make", wrong)
         monkeypatch.setattr(suite, "interleaved", None)
-        size = SIZE if suite is network else BATCH_SIZE
+        size = SIZE if suite is network else TRAINING_SIZE
         with pytest.raises(AssertionError, match="ours, depth: relative L2 error"):
             suite.run(SMOKE, quiet, size)
