@@ -29,8 +29,9 @@ def complete(result: Result) -> None:
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "compiler_error", lambda: "no compiler today")
-    for suite in (head, network, network_training):
+    for suite in (head, network_training):
         monkeypatch.setattr(suite, "in_fresh_process", lambda *_: 2**20)
+    monkeypatch.setattr(network, "in_fresh_process", lambda *_: (2**20, 2**20))
 
 
 def test_registered() -> None:
@@ -56,7 +57,7 @@ def test_network_training() -> None:
 
 def test_memory() -> None:
     assert head.rise_bytes(head.OURS, SIZE) >= 0
-    assert network.rise_bytes(network.OURS, SIZE) >= 0
+    assert min(network.rise_bytes(network.OURS, SIZE)) >= 0
 
 
 def test_wrong_operations_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
