@@ -39,7 +39,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
         ["way", "forward", VS_OURS, FIRST, LATER, GFLOP],
         notes=[
             f"{TIMES}. compiled: torch.compile of op by op. converted: op by op after convert_. "
-            "rise: resident memory at the peak of a process's first call of this size, or its next, "
+            "rise: resident memory at the peak of a process's first call of this size or the next, "
             "beyond that before it, outputs included; folded weights are made in the first and "
             "stay. GFLOP: counted by torch while the whole network ran, 2 for a multiply-add."
         ],
