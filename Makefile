@@ -15,7 +15,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc build_backend 
 	-not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test check format bench expected-tests
+.PHONY: help setup demo test check format bench gpu-check expected-tests
 
 help:
 	@echo "make setup     virtual environment in $(VENV), dependencies, native modules"
@@ -24,6 +24,7 @@ help:
 	@echo "make check     formatting, lint and types"
 	@echo "make format    reformat Python and C++"
 	@echo "make bench     the performance bars, side by side"
+	@echo "make gpu-check OUT=dir  the GPU engines on this machine's GPU, with its own python"
 	@echo "make expected-tests    write tests/expected_tests.json anew"
 
 setup: $(INSTALLED)
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "No virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e '.[models,bench,dev]'
+	$(PIP) install -c constraints.txt -e '.[models,onnx,bench,dev]'
 	@touch $@
 
 $(NATIVE): $(NATIVE_SOURCES) | $(INSTALLED)
@@ -66,3 +67,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks --preset quick
+
+gpu-check:
+	@test -n "$(OUT)" || { echo "OUT: expected a folder, as in make gpu-check OUT=out/gpu"; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_check '$(OUT)'

@@ -4,12 +4,14 @@ from xattn_kernels._version import __version__
 
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from .configs import CONFIGS, Config, config
+from .predict import Predictor
 from .sca_mtl import SCAMTL, sca_mtl
 
 __all__ = [
     "CONFIGS",
     "SCAMTL",
     "Config",
+    "Predictor",
     "__version__",
     "config",
     "load_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -70,7 +71,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Save a model's parameters and buffers as safetensors.
+    """Save a model's parameters and buffers as safetensors, with the arguments of `sca_mtl`.
 
     The file appears under its name complete or not at all: it is written beside it and renamed,
     so that a checkpoint from before survives an interruption.
@@ -89,7 +90,11 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         name: value.detach().cpu().contiguous().clone()
         for name, value in model.state_dict().items()
     }
-    data = save(state, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    settings = getattr(model, "settings", None)
+    if isinstance(settings, dict):
+        metadata["sca_mtl"] = json.dumps(settings)
+    data = save(state, metadata=metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

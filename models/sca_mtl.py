@@ -68,6 +68,9 @@ class SCAMTL(CacheOwner):
             `num_outputs` of other tasks.
     """
 
+    settings: dict[str, Any] | None = None
+    """The arguments of `sca_mtl` that it was made from; saved with checkpoints."""
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -209,7 +212,7 @@ def sca_mtl(
                 f"among the known tasks {list(OUTPUTS)}"
             )
         num_outputs = {task: OUTPUTS[task] for task in names}
-    return SCAMTL(
+    model = SCAMTL(
         create_backbone(backbone, pretrained=pretrained, arguments=backbone_arguments),
         tasks,
         num_outputs,
@@ -218,6 +221,17 @@ def sca_mtl(
         heads=heads,
         task_softmax=task_softmax,
     )
+    model.settings = {
+        "tasks": list(tasks),
+        "num_outputs": dict(num_outputs),
+        "backbone": backbone,
+        "auxiliary_tasks": None if auxiliary_tasks is None else list(auxiliary_tasks),
+        "kind": kind,
+        "heads": heads,
+        "task_softmax": task_softmax,
+        "backbone_arguments": None if backbone_arguments is None else dict(backbone_arguments),
+    }
+    return model
 
 
 def _check_image(image: Tensor, parameter: Tensor) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ __all__ = [
 
 #: Every engine, in the order in which ``"auto"`` tries them.
 ENGINES = ("cuda", "triton", "cpu", "reference")
+#: Engines that ``"auto"`` leaves alone: they were never measured on the device they are made for.
+ON_REQUEST = ("triton",)
 OPERATORS = (
     "linear_cross_attention",
     "softmax_cross_attention",
@@ -97,6 +100,8 @@ class Explanation:
                 verdict = "runs"
             elif self.reasons[name]:
                 verdict = "; ".join(self.reasons[name])
+            elif self.requested == "auto" and name in ON_REQUEST:
+                verdict = "could run, when asked for by name"
             elif self.requested == "auto":
                 verdict = "could run, comes later in the order of preference"
             else:
@@ -199,6 +204,10 @@ def unavailable(name: str) -> str | None:
         from xattn_kernels.ops import native
 
         return native.load_error()
+    if name == "triton":
+        from xattn_kernels.triton import runtime
+
+        return runtime.load_error()
     return f"not built: this version of xattn_kernels has no {name} kernels"
 
 
@@ -225,13 +234,17 @@ def _refusals(name: str, problem: Problem) -> tuple[str, ...]:
     reason = unavailable(name)
     if reason is not None:
         return (reason,)
+    if importlib.util.find_spec(f"xattn_kernels.ops.{problem.op}.{name}") is None:
+        return (f"has no {problem.op}",)
     return tuple(engine_module(problem.op, name).refusals(problem))
 
 
 @functools.lru_cache(maxsize=4096)
 def _explain(problem: Problem, requested: str) -> Explanation:
     reasons = {name: _refusals(name, problem) for name in ENGINES}
-    candidates = ENGINES if requested == "auto" else (requested,)
+    candidates: Sequence[str] = (requested,)
+    if requested == "auto":
+        candidates = [name for name in ENGINES if name not in ON_REQUEST]
     engine = next((name for name in candidates if not reasons[name]), None)
     return Explanation(problem, requested, engine, reasons)
 

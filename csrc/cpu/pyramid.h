@@ -110,5 +110,23 @@ void blend(const Real* top, const Real* bottom, Real top_weight, Real bottom_wei
   }
 }
 
+// Sum of f(x): a vector's lanes over a short stretch, stretches in double.
+template <class Real, class F>
+Real sum_of(const Real* x, int64_t count, const F& f) {
+  constexpr int64_t kStretch = 16 * kLanes<Real>;
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kStretch) {
+    const int64_t end = min64(begin + kStretch, count);
+    Vec<Real> sums{};
+    int64_t n = begin;
+    for (; n + kLanes<Real> <= end; n += kLanes<Real>) sums += f(load(x + n));
+    Real sum = 0;
+    for (int i = 0; i < kLanes<Real>; ++i) sum += sums[i];
+    for (; n < end; ++n) sum += f(x[n]);
+    total += static_cast<double>(sum);
+  }
+  return static_cast<Real>(total);
+}
+
 }  // namespace XATTN_ISA
 }  // namespace xattn

@@ -112,3 +112,33 @@ def cross_attention_block(
         )
         outputs += attended
     return outputs
+
+
+def pyramid_projection(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    classifier: Tensor,
+    classifier_bias: Tensor,
+    *,
+    batch_statistics: bool = False,
+    eps: float = 1e-5,
+    order: int = 0,
+) -> Tensor:
+    """(B, O, H_0, W_0): everything upsampled and concatenated first, channels in any order."""
+    size = features[0].shape[2:]
+    wide = torch.cat(
+        [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in features], dim=1
+    )
+    weight = torch.cat(list(weights), dim=1)
+    if order:
+        generator = torch.Generator().manual_seed(order)
+        index = torch.randperm(wide.shape[1], generator=generator)
+        wide, weight = wide[:, index], weight[:, index]
+    hidden = F.conv2d(wide, weight[:, :, None, None])
+    if batch_statistics:
+        hidden = F.batch_norm(hidden, None, None, scale, shift, training=True, eps=eps)
+    else:
+        hidden = hidden * scale[:, None, None] + shift[:, None, None]
+    return F.conv2d(F.relu(hidden), classifier[:, :, None, None], classifier_bias)

@@ -318,16 +318,6 @@ class Pyramid {
       to[p_.hidden + i] = sum_of(z, count, [mean](auto x) { return (x - mean) * (x - mean); });
     }
   }
-  template <class F>
-  static Real sum_of(const Real* x, int64_t count, const F& f) {
-    Vec<Real> sums{};
-    int64_t n = 0;
-    for (; n + kLanes<Real> <= count; n += kLanes<Real>) sums += f(load(x + n));
-    Real sum = 0;
-    for (int i = 0; i < kLanes<Real>; ++i) sum += sums[i];
-    for (; n < count; ++n) sum += f(x[n]);
-    return sum;
-  }
   // Chan, Golub and LeVeque's update, band by band, in an order of its own.
   void merge_moments() const {
     Real *mean = static_cast<Real*>(p_.mean), *deviations = static_cast<Real*>(p_.deviations);

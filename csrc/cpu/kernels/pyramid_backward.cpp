@@ -121,8 +121,9 @@ class PyramidBackward {
         const Buffers<Op> t = tile(worker);
         gate<true>(b, m, rows, t);
         for (int64_t i = 0; i < rows; ++i) {
-          sums[m + i] += sum(t.g + i * t.row);
-          map_sums[m + i] += sum(t.h + i * t.row);
+          const auto identity = [](auto x) { return x; };
+          sums[m + i] += sum_of(t.g + i * t.row, tokens_, identity);
+          map_sums[m + i] += sum_of(t.h + i * t.row, tokens_, identity);
         }
         add_classifier(b, m, rows, t, classifier);
       });
@@ -240,16 +241,6 @@ class PyramidBackward {
       for (int64_t i = 0; i < rows; ++i) body(i, static_cast<const S*>(p_.map) + (b * p_.hidden + m + i) * tokens_);
     });
   }
-  Real sum(const Real* x) const {
-    Vec<Real> sums{};
-    int64_t n = 0;
-    for (; n + kLanes<Real> <= tokens_; n += kLanes<Real>) sums += load(x + n);
-    Real total = 0;
-    for (int i = 0; i < kLanes<Real>; ++i) total += sums[i];
-    for (; n < tokens_; ++n) total += x[n];
-    return total;
-  }
-
   // dV += h dout^T for hidden channels [m, m + rows).
   void add_classifier(int64_t b, int64_t m, int64_t rows, const Buffers<Op>& t, Real* classifier) const {
     with_map(b, m, rows, [&](int64_t i, auto* map) {

@@ -33,6 +33,10 @@ def forward(
     """Output (B, O, H_0, W_0), and mean and biased variance (M) of z, empty if not asked for."""
     first = features[0]
     dtype = ACCUMULATORS[first.dtype]
+    if first.numel() == 0:
+        output = classifier_bias.to(first.dtype)[:, None, None]
+        output = output.expand(first.shape[0], -1, *first.shape[2:]).contiguous()
+        return output, output.new_empty(0), output.new_empty(0)
     hidden: Tensor | None = None
     for x, weight in zip(features, weights, strict=True):
         projected = F.conv2d(x.to(dtype), weight.to(dtype)[:, :, None, None])
