@@ -101,6 +101,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo),
     "bars": ("benchmarks", bars),
     "CAM set": ("benchmarks", suite("cam")),
+    "head": ("benchmarks", suite("head")),
+    "network": ("benchmarks", suite("network")),
+    "network training": ("benchmarks", suite("network_training")),
 }
 """Kind of file and contents of each table, by its name in the comments."""
 
