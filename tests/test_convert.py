@@ -34,12 +34,17 @@ from xattn_models import op_by_op as network
 # The network
 
 
+RESIDUAL = 4 * len(TASKS) * 2 + 3
+"""Residual blocks of the network's initial heads and feature propagation."""
+
+
 def test_network_in_inference() -> None:
     model = whole_network()
     expected = inference(model, image())
     names, state = identities(model), list(model.state_dict())
     report = convert_(model)
-    assert [(e.name, e.class_name, e.replacement) for e in report] == [
+    attention = [e for e in report if e.kind != "residual_block"]
+    assert [(e.name, e.class_name, e.replacement) for e in attention] == [
         *(
             (
                 f"distillation_scale_{s}",
@@ -50,7 +55,7 @@ def test_network_in_inference() -> None:
         ),
         *((f"heads.{t}", "CrossScaleHead", "ConvertedCrossScaleHead") for t in TASKS),
     ]
-    assert len(report.converted) == 7 and not report.left
+    assert len(report.converted) == 7 + RESIDUAL and not report.left
     assert identities(model) == names and list(model.state_dict()) == state
     assert distance(inference(model, image()), expected) <= 1e-5
     assert not any(type(m) is network.GlobalContextAttentionBlock for m in model.modules())
@@ -264,9 +269,9 @@ def test_kinds() -> None:
     assert len(report.converted) == 4 * 6 + 3 * 3
     expected = inference(model, image())
     # The outer blocks can follow, and both layers are put back.
-    assert len(convert_(model, kinds=KINDS).converted) == 7
+    assert len(convert_(model, kinds=KINDS).converted) == 7 + RESIDUAL
     assert distance(inference(model, image()), expected) <= 1e-5
-    assert len(revert_(model)) == 7 + 33
+    assert len(revert_(model)) == 7 + 33 + RESIDUAL
     assert not any(isinstance(m, Converted) for m in model.modules())
 
 
@@ -285,7 +290,7 @@ def test_copies_and_pickles() -> None:
         mine = {id(x) for x in (*model.parameters(), *model.modules())}
         assert not mine & {id(x) for x in (*other.parameters(), *other.modules())}
         assert distance(inference(other, image()), expected) <= 1e-5
-        assert len(revert_(other)) == 7
+        assert len(revert_(other)) == 7 + RESIDUAL
         assert type(other.heads["depth"]) is op_by_op.CrossScaleHead
         assert not mine & {id(x) for x in (*other.parameters(), *other.modules())}
         found = inference(other, image())
@@ -391,3 +396,27 @@ def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
         "1 swapped, 0 left\n"
         "swapped  block (GlobalContextAttentionBlock) for ConvertedCrossAttention\n"
     )
+
+
+def test_residual_blocks_of_other_shapes_are_left() -> None:
+    """Strides and dilations are not in the shapes of parameters."""
+
+    def changed(**settings: object) -> nn.Module:
+        block = op_by_op.BasicBlock(8, 8, 0.1)
+        for name, value in settings.items():
+            for convolution in (block.conv1, block.conv2):
+                setattr(convolution, name, value)
+        return block
+
+    model = nn.ModuleList(
+        [
+            changed(),
+            changed(dilation=(2, 2), padding=(2, 2)),
+            changed(stride=(2, 2)),
+            changed(padding_mode="reflect"),
+        ]
+    )
+    report = convert_(model)
+    assert [e.name for e in report.converted] == ["0"]
+    assert all("3x3 convolution of stride 1" in e.reason for e in report.left)
+    assert len(report.left) == 3

@@ -5,10 +5,11 @@
 
 Known blocks are those of ATRC and SCA-MTL: the global-context attention block (`CrossAttention`),
 the cross-task module of one scale that takes a dict with `features_<task>` (`CrossTaskAttention`)
-and the head with cross-scale attention and aggregation (`CrossScaleHead`). They are recognised by
-the names and shapes of their parameters, whatever their class. What cannot be seen in names is
-tried: copies of the block and of its replacement run on random features, in inference and in
-training, and have to agree in outputs, gradients and running statistics.
+and the head with cross-scale attention and aggregation (`CrossScaleHead`); besides, the residual
+blocks around them (two 3x3 convolutions), whose batch norms are folded in inference. They are
+recognised by the names and shapes of their parameters, whatever their class. What cannot be seen
+there is tried: copies of the block and of its replacement run on random features, in inference and
+in training, and have to agree in outputs, gradients and running statistics.
 
 Instances are swapped; classes are left alone. A replacement holds the very layers of the block it
 stands for (the same `nn.Conv2d` and batch norm objects), so parameters, their names and order in a

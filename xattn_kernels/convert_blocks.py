@@ -20,10 +20,12 @@ from xattn_kernels.modules import (
     CrossScaleHead,
     CrossTaskAttention,
 )
+from xattn_kernels.modules.checks import in_format_of
+from xattn_kernels.modules.layers import BasicBlock
 
-KINDS = ("cross_attention", "cross_task_attention", "cross_scale_head")
-"""What is looked for: `CrossAttention`, `CrossTaskAttention`, `CrossScaleHead`."""
-OURS = (CrossAttention, CrossTaskAttention, CrossScaleAttention, CrossScaleHead)
+KINDS = ("cross_attention", "cross_task_attention", "cross_scale_head", "residual_block")
+"""What is looked for: `CrossAttention`, `CrossTaskAttention`, `CrossScaleHead`, `BasicBlock`."""
+OURS = (CrossAttention, CrossTaskAttention, CrossScaleAttention, CrossScaleHead, BasicBlock)
 
 _CLASSES = {
     "GlobalContextAttentionBlock": "cross_attention",
@@ -72,6 +74,12 @@ def kind_of(module: nn.Module) -> str | None:
         return "cross_scale_head"
     if children >= {"query_project", "key_project", "value_project"}:
         return "cross_attention"
+    layers = {"conv1", "bn1", "conv2", "bn2"}
+    if children >= layers and all(
+        child is None or isinstance(child, _STATELESS) or name in layers | {"downsample"}
+        for name, child in module._modules.items()
+    ):
+        return "residual_block"
     return _CLASSES.get(type(module).__name__)
 
 
@@ -132,6 +140,14 @@ class ConvertedCrossScaleHead(Converted, CrossScaleHead):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return CrossScaleHead.forward(self, *self.in_order(args, kwargs))
+
+
+class ConvertedResidualBlock(Converted, BasicBlock):
+    """`BasicBlock`, called as the original: with one map."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = self.in_order(args, kwargs)
+        return in_format_of(BasicBlock.forward(self, x), x)
 
 
 def assemble(original: nn.Module, kind: str) -> Converted:
@@ -204,10 +220,30 @@ def _head(original: nn.Module) -> ConvertedCrossScaleHead:
     return ConvertedCrossScaleHead(widths, outputs)
 
 
+def _residual_block(original: nn.Module) -> ConvertedResidualBlock:
+    out_channels, in_channels, *_ = _shape(original, "conv1.weight")
+    shortcut = original._modules.get("downsample") is not None
+    if not shortcut and in_channels != out_channels:
+        raise Left("its width changes without a projected shortcut")
+    for name in ("conv1", "conv2"):
+        convolution = original._modules[name]
+        plain = isinstance(convolution, nn.Conv2d) and (
+            convolution.kernel_size == (3, 3)
+            and convolution.padding in (1, (1, 1))
+            and convolution.stride == convolution.dilation == (1, 1)
+            and convolution.groups == 1
+            and convolution.padding_mode == "zeros"
+        )
+        if not plain:
+            raise Left(f"its {name} is no 3x3 convolution of stride 1")
+    return ConvertedResidualBlock(in_channels, out_channels, 0.1, shortcut=shortcut)
+
+
 _BLUEPRINTS = {
     "cross_attention": _cross_attention,
     "cross_task_attention": _cross_task,
     "cross_scale_head": _head,
+    "residual_block": _residual_block,
 }
 
 

@@ -16,6 +16,7 @@ from xattn_kernels.convert_blocks import (
     Converted,
     ConvertedCrossScaleHead,
     ConvertedCrossTaskAttention,
+    ConvertedResidualBlock,
     Left,
     assemble,
 )
@@ -136,6 +137,8 @@ def _problems(
         widths = zip(candidate.channels, sizes, strict=True)
         pyramid = {f"scale {s}": draw(c, *size) for s, (c, size) in enumerate(widths)}
         yield pyramid, lambda module, x: module([*x.values()])
+    elif isinstance(candidate, ConvertedResidualBlock):
+        yield {"x": draw(candidate.conv1.in_channels, 4, 6)}, lambda module, x: module(x["x"])
     else:
         channels: Any = candidate.channels
         for source in ((3, 5), (4, 6)):  # some blocks take maps of one size only
