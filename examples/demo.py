@@ -23,11 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demo_figure import draw
-from demo_inputs import FeatureExtractor, ImageError, bundled_photograph, fit, open_photograph
+from demo_inputs import FeatureExtractor, bundled_photograph, fit
 from demo_measure import Run
 from demo_report import make_report, show
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
+
+from xattn_models.images import ImageError, open_image
 
 SIZE = (480, 640)
 SIZES = tuple((SIZE[0] * i // 5, SIZE[1] * i // 5) for i in range(1, 6))
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.width = max(console.width, WIDTH)
     start, load = time.perf_counter(), os.getloadavg()[0]
     try:
-        photograph = open_photograph(options.image) if options.image else bundled_photograph()
+        photograph = open_image(options.image) if options.image else bundled_photograph()
     except ImageError as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         return 2

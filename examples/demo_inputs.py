@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,52 +21,11 @@ Pyramid = list[Tensor]
 """(1, C_s, H / stride_s, W / stride_s) of each scale, finest first."""
 
 
-class ImageError(Exception):
-    """A photograph that cannot be used; the message names the file and says why."""
-
-
 def bundled_photograph() -> Image.Image:
     """The Summer Palace in Beijing, 427 x 640: china.jpg of scikit-learn (CC BY, in its README)."""
     from sklearn.datasets import load_sample_image
 
     return Image.fromarray(load_sample_image("china.jpg"))
-
-
-def open_photograph(path: Path) -> Image.Image:
-    """Return an image file as RGB, 8 bits per channel.
-
-    Grayscale, palette, CMYK and 16-bit images are converted, transparent ones are laid on white,
-    the orientation in the EXIF data is applied, and of an animation the first frame is taken.
-
-    Raises:
-        ImageError: if the file is missing, is no image, is truncated, or holds floating-point
-            values, of which nobody knows the range.
-    """
-    if not path.is_file():
-        raise ImageError(f"{path}: {'is no file' if path.exists() else 'does not exist'}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-    except ImageError:
-        raise
-    # Decoders of damaged files raise nearly anything.
-    except Exception as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError(f"{path}: floating-point image, expected 8 or 16 bits per channel")
-    if image.mode.startswith("I"):
-        # 16-bit values, which convert() would clip to 255 instead of scaling.
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def fit(photograph: Image.Image, size: tuple[int, int]) -> Image.Image:

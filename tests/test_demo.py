@@ -14,6 +14,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from xattn_kernels import cost
+from xattn_models import images
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -51,7 +52,7 @@ def test_modes_of_images(
 ) -> None:
     path = tmp_path / "image.png"
     Image.new(mode, (5, 4), pixel).save(path)
-    photograph = demo_inputs.open_photograph(path)
+    photograph = images.open_image(path)
     assert photograph.mode == "RGB" and photograph.size == (5, 4)
     assert photograph.getpixel((2, 2)) == expected
 
@@ -59,7 +60,7 @@ def test_modes_of_images(
 def test_cmyk(tmp_path: Path) -> None:
     path = tmp_path / "image.tiff"
     Image.new("CMYK", (5, 4), (0, 0, 0, 255)).save(path)
-    assert demo_inputs.open_photograph(path).getpixel((0, 0)) == (0, 0, 0)
+    assert images.open_image(path).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_orientation_is_applied(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (40, 20)).save(path, exif=exif)
-    assert demo_inputs.open_photograph(path).size == (20, 40)
+    assert images.open_image(path).size == (20, 40)
 
 
 def _write_nothing(path: Path) -> None:
@@ -105,8 +106,8 @@ def test_unusable_images_are_named(
     assert callable(write)
     path = tmp_path / "image"
     write(path)
-    with pytest.raises(demo_inputs.ImageError, match=message):
-        demo_inputs.open_photograph(path)
+    with pytest.raises(images.ImageError, match=message):
+        images.open_image(path)
     assert demo.main(["--image", str(path), "--out", str(tmp_path / "out")]) == 2
     output = capsys.readouterr().out
     assert str(path) in output.replace("\n", "") and "Traceback" not in output

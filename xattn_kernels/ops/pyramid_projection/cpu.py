@@ -111,7 +111,7 @@ def backward(
             [_NOTHING if x is None else views([x])[0] for x in flat],
             [0 if x is None else x.data_ptr() for x in full],
         )
-        for x, y in zip([*grads[:levels], *grads[levels:]], [*flat, *full], strict=True):
+        for x, y in zip(grads, [*flat, *full], strict=True):
             if x is not None and y is not None and x.data_ptr() != y.data_ptr():
                 x.copy_(y.view_as(x))
     parameters = (
@@ -166,11 +166,11 @@ class _Problem(NamedTuple):
         deviations: Tensor | None = None,
     ) -> None:
         assert callable(kernel)
-        vectors = [x.contiguous() for x in (scale, shift)]
         kernel(
             *self.head,
             self.levels,
-            *(x.data_ptr() for x in vectors),
+            scale.data_ptr(),
+            shift.data_ptr(),
             self.classifier.data_ptr(),
             bias.data_ptr(),
             output,
