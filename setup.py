@@ -13,12 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 from xattn_build.native import BuildNative, NativeDistribution
 
 kernels = find_packages(include=["xattn_kernels", "xattn_kernels.*"])
-# models/ installs under a name of ours: users' own repositories often have a package `models`.
+# models/ and benchmarks/ install under names of ours: users' own repositories often have packages
+# of these.
 models = ["xattn_models", *(f"xattn_models.{name}" for name in find_packages("models"))]
+benchmarks = [
+    "xattn_benchmarks",
+    *(f"xattn_benchmarks.{name}" for name in find_packages("benchmarks")),
+]
 
 setup(
     distclass=NativeDistribution,
     cmdclass={"build_ext": BuildNative},
-    packages=[*kernels, *models],
-    package_dir={"xattn_models": "models"},
+    packages=[*kernels, *models, *benchmarks],
+    package_dir={"xattn_models": "models", "xattn_benchmarks": "benchmarks"},
 )

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import environment, report
-from benchmarks.core import PRESETS, Preset, Result, Suite
-from benchmarks.suites import SUITES
+from . import environment, report
+from .core import PRESETS, Preset, Result, Suite
+from .suites import SUITES
 
 WIDTH = 120
 """Columns that the tables need; a narrower terminal wraps them."""
@@ -31,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.width = max(console.width, WIDTH)
     facts = environment.collect()
     start = time.perf_counter()
-    results = {
-        name: run_suite(name, PRESETS[options.preset], console)
-        for name in SUITES
-        if name in (options.only or SUITES)
-    }
+    preset = PRESETS[options.preset]
+    names = [name for name in SUITES if name in (options.only or preset.suites)]
+    results = {name: run_suite(name, preset, console) for name in names}
     found = report.to_json(facts, options.preset, results, time.perf_counter() - start)
     report.show(console, found)
     if options.json is not None:
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_suite(name: str, preset: Preset, console: Console) -> Result:
     """Run one suite; a failed check becomes its `failure`, in place of all figures."""
-    suite: Suite = importlib.import_module(f"benchmarks.suites.{name}")
+    suite: Suite = importlib.import_module(f"{__package__}.suites.{name}")
     with console.status(name) as status:
         try:
             return suite.run(preset, lambda text: status.update(f"{name}: {text}"))

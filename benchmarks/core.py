@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from xattn_kernels.testing.measure import Timing
@@ -16,9 +16,19 @@ TIMES = "Times in ms: median ± half the interquartile range"
 """What a timing in a table says."""
 
 
+QUESTIONS = {
+    1: "What does attending in sequence, across tasks and then across scales, save against all "
+    "pairs?",
+    2: "What do the fused operators gain over what people use?",
+    3: "What does a whole network gain?",
+    4: "How far are the kernels from what the machine can do?",
+}
+"""What the suites answer, by `Result.question`."""
+
+
 @dataclass(frozen=True)
 class Preset:
-    """How thorough a run is."""
+    """What a run consists of, and how thorough it is."""
 
     name: str
     repetitions: int
@@ -27,18 +37,31 @@ class Preset:
     """What a sample lasts at least: shorter calls are repeated within it."""
     series_seconds: float
     """What the repetitions of one comparison may last, as far as it can be foreseen."""
+    suites: tuple[str, ...] = ()
+    """Modules of `suites`, in the order in which they run."""
+    device: str = "cpu"
+    """Type of the device that is measured."""
 
     def repetitions_of(self, seconds: float) -> int:
         """Repetitions for calls that take `seconds` together; at least 3."""
         return max(3, min(self.repetitions, int(self.series_seconds / max(seconds, 1e-9))))
 
 
+_OPERATORS = ("cam", "cam_memory", "training", "softmax", "linear")
+_NETWORKS = ("head", "network", "network_training")
+
+_QUICK = Preset("quick", repetitions=15, sample_seconds=0.01, series_seconds=5.0)
+_FULL = Preset("full", repetitions=50, sample_seconds=0.05, series_seconds=30.0)
+
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("smoke", repetitions=3, sample_seconds=0.0, series_seconds=0.0),
-        Preset("quick", repetitions=15, sample_seconds=0.01, series_seconds=5.0),
-        Preset("full", repetitions=50, sample_seconds=0.05, series_seconds=30.0),
+        Preset("smoke", repetitions=3, sample_seconds=0.0, series_seconds=0.0, suites=("linear",)),
+        replace(_QUICK, suites=("cam",)),
+        replace(_FULL, suites=(*_OPERATORS, *_NETWORKS)),
+        replace(_FULL, name="gpu", suites=("cam",), device="cuda"),
+        replace(_FULL, name="scaling", suites=("linear",)),
+        replace(_FULL, name="network", suites=_NETWORKS),
     )
 }
 
@@ -65,6 +88,36 @@ class Bar:
 
 
 @dataclass
+class Series:
+    """One curve, or one set of bars."""
+
+    name: str
+    x: list[Any]
+    """Numbers, or names of groups of bars."""
+    y: list[float]
+    low: list[float] | None = None
+    """Lower end of the spread of each y."""
+    high: list[float] | None = None
+    modelled: list[bool] | None = None
+    """Which values come from a formula, not from a measurement."""
+
+
+@dataclass
+class Plot:
+    """A picture, as plain data."""
+
+    kind: str
+    """"lines", "bars" or "roofline": lines are bounds, single points what was reached."""
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    x_log: bool = False
+    y_log: bool = False
+    note: str = ""
+
+
+@dataclass
 class Result:
     """What a suite measured.
 
@@ -77,8 +130,13 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    question: int = 0
+    """Which of `QUESTIONS` this answers; 0: none."""
+    answers: list[str] = field(default_factory=list)
+    """What was found: one sentence each, with its numbers, for readers new to the subject."""
+    plots: list[Plot] = field(default_factory=list)
     failure: str | None = None
-    """The check that did not pass; then there are no rows and no bars."""
+    """The check that did not pass; then there are no rows, bars, answers and plots."""
 
 
 class Suite(Protocol):

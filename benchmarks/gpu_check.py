@@ -158,7 +158,7 @@ def _cell(value: Any) -> str:
 
 
 def _run_here(options: argparse.Namespace) -> int:
-    from benchmarks import gpu_steps
+    from . import gpu_steps
 
     report = gpu_steps.Report(options.result)
     try:

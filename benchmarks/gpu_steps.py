@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.problems import SCALES, SCHEDULE, OpByOpSet, Scale
 from xattn_kernels.ops.cross_attention_block import op as block_op
 from xattn_kernels.ops.linear_cross_attention import op as linear_op
 from xattn_kernels.ops.softmax_cross_attention import op as softmax_op
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing import compare, compositions
 from xattn_kernels.testing.cases import CASES, LAYOUTS, Case
+
+from .problems import SCALES, SCHEDULE, OpByOpSet, Scale
 
 BATCH = 8
 #: Roofline of the blocks of one scale, all four together (seconds), and of memory (bytes/s), H200.

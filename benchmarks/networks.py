@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problems import IMAGE, TASKS, as_if_trained
 from xattn_kernels.convert import convert_
 from xattn_kernels.cost import STRIDES
 from xattn_kernels.cost_network import BASE_WIDTHS
 from xattn_models import op_by_op
 from xattn_models.sca_mtl import SCAMTL, sca_mtl
+
+from .problems import IMAGE, TASKS, as_if_trained
 
 NUM_OUTPUTS = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
 OP_BY_OP, COMPILED, OURS, CONVERTED = "op by op", "compiled", "ours", "converted"

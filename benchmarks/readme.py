@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, report
+from . import environment, report
 
 ROOT = environment.ROOT
 README = ROOT / "README.md"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import environment
-from benchmarks.core import Result
+from . import environment
+from .core import Result
 
 FORMAT = 1
 VERDICTS = {True: "met", False: "NOT MET", None: "not measured"}

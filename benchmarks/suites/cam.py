@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.checks import truths_in_one_order
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.problems import SCALES, SCHEDULE, OpByOpSet, Scale
 from xattn_kernels.cost import MapSize, attention_cost
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
 from xattn_kernels.ops import native
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
 from xattn_kernels.testing.measure import interleaved
+
+from .. import environment
+from ..checks import truths_in_one_order
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..problems import SCALES, SCHEDULE, OpByOpSet, Scale
 
 OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "compiled", "fused", "fused bf16"
 VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs compiled", "bf16 vs fp32"

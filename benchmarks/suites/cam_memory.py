@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.core import Bar, Preset, Result
-from benchmarks.problems import SCALES, SCHEDULE, OpByOpSet, Scale
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
 from xattn_kernels.testing.measure import in_fresh_process, peak_memory, tensor_bytes
+
+from ..core import Bar, Preset, Result
+from ..problems import SCALES, SCHEDULE, OpByOpSet, Scale
 
 MIB = 2**20
 

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.networks import (
+from xattn_kernels import modules
+from xattn_kernels.cost import STRIDES, WIDTHS
+from xattn_kernels.testing import op_by_op
+from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+
+from .. import environment
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..networks import (
     COMPILED,
     OP_BY_OP,
     OURS,
@@ -18,11 +23,7 @@ from benchmarks.networks import (
     check_outputs,
     in_inference,
 )
-from benchmarks.problems import IMAGE, as_if_trained
-from xattn_kernels import modules
-from xattn_kernels.cost import STRIDES, WIDTHS
-from xattn_kernels.testing import op_by_op
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+from ..problems import IMAGE, as_if_trained
 
 OUTPUTS = 40
 MIB = 2**20

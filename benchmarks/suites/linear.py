@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.checks import truths_in_one_order
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.problems import SCHEDULE, TASKS
 from xattn_kernels.functional import linear_cross_attention
 from xattn_kernels.registry import explain
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
 from xattn_kernels.testing.measure import interleaved
+
+from ..checks import truths_in_one_order
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..problems import SCHEDULE, TASKS
 
 CHANNELS = 36
 TOKENS = tuple(1200 * 2**i for i in range(7))

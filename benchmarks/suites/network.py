@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.networks import (
+from xattn_kernels import flops
+from xattn_kernels.cost_network import network_flops
+from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+
+from .. import environment
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..networks import (
     COMPILED,
     CONVERTED,
     NUM_OUTPUTS,
@@ -22,10 +26,7 @@ from benchmarks.networks import (
     make,
     targets,
 )
-from benchmarks.problems import IMAGE
-from xattn_kernels import flops
-from xattn_kernels.cost_network import network_flops
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+from ..problems import IMAGE
 
 MIB = 2**20
 VS_OURS, GFLOP = "/ ours", "GFLOP with backbone"

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.networks import OP_BY_OP, OURS, Size, check_outputs, image, make, targets
-from benchmarks.problems import IMAGE, TASKS
 from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..networks import OP_BY_OP, OURS, Size, check_outputs, image, make, targets
+from ..problems import IMAGE, TASKS
 
 FACTOR, FLOOR = 3.0, 1e-4
 """Allowed is FACTOR times the relative L2 error of op by op in float32, and FLOOR beside it: all

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.checks import truths_in_one_order
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.problems import SCHEDULE, TASKS
 from xattn_kernels.functional import softmax_cross_attention
 from xattn_kernels.testing.compare import check
 from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory, tensor_bytes
+
+from ..checks import truths_in_one_order
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..problems import SCHEDULE, TASKS
 
 CHANNELS, TOKENS = 72, 4800
 OURS, OURS_TOKEN_MAJOR = "ours, (B, C, N)", "ours, channels last"

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
-from benchmarks.problems import TASKS, Scale, as_if_trained
 from xattn_kernels import modules
 from xattn_kernels.testing import op_by_op
 from xattn_kernels.testing.compare import Truth, check
 from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory, tensor_bytes
+
+from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..problems import TASKS, Scale, as_if_trained
 
 BATCH = 2
 OP_BY_OP, OURS = "op by op", "CrossTaskAttention"
