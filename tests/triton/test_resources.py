@@ -107,3 +107,26 @@ def test_problems_are_found(table: dict[str, Any]) -> None:
     row = next(row for row in table["kernels"] if row["products"] == "bf16" and row["sm"] == 90)
     assert not resources.problems(row)
     assert "wider than 16 bits" in resources.problems({**row, "widest_load": 16})[0]
+
+
+def test_some_operators_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]
+) -> None:
+    """Rows of the others stay, and all are in the order of the operators."""
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps({"triton": "", "kernels": table["kernels"][::-1]}))
+
+    def rows(chosen: list[Case], _: object) -> Iterator[dict[str, Any]]:
+        assert {case.operator for case in chosen} == {"softmax_cross_attention"}
+        for row in table["kernels"]:
+            if (row["operator"], row["C"], row["type"]) in chosen:
+                yield {**row, "spills": 0}
+
+    monkeypatch.setattr(resources, "rows", rows)
+    resources.main([str(file), "--only", "softmax_cross_attention"])
+    written = json.loads(file.read_text())["kernels"]
+    names = list(dict.fromkeys(row["operator"] for row in written))
+    assert names == [name for name in resources.operators() if name in names]
+    assert len(written) == len(table["kernels"])
+    for row in written:
+        assert row["spills"] == 0 or row["operator"] != "softmax_cross_attention"

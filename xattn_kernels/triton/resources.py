@@ -3,14 +3,23 @@
 
 ``python -m xattn_kernels.triton.resources FILE`` compiles every kernel that the operators launch,
 for the published widths, every element type and architecture, and writes a table as JSON: one line
-a kernel with registers, spills, shared memory and instruction mix. It takes some minutes.
+a kernel with registers, spills, shared memory and instruction mix. It takes some minutes; with
+``--only OPERATOR ...`` the rows of other operators stay as they are.
+
+A module of this package whose name ends in ``_cases`` adds operators by its ``OPERATORS``, a dict
+of :class:`Operator` by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import pkgutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +40,24 @@ TYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
 }
-OPERATORS = ("linear_cross_attention", "softmax_cross_attention", "cross_attention_block")
 
 #: Spilling instructions of a kernel that are tolerated, by how products are computed.
 SPILL_BUDGET = {"bf16": 80, "tf32": 64, "ieee": 16}
+
+
+#: Makes as many (1, C, N) tensors as it is asked for, four by default.
+Slots = Callable[..., list[Tensor]]
+
+
+class Operator(NamedTuple):
+    """How to have an operator launch all of its kernels."""
+
+    call: Callable[[Slots, Schedule], None]
+    """Runs everything once; nothing is computed, launches are only recorded."""
+    widths: tuple[int, ...] = tuple(SIZES)
+    types: tuple[str, ...] = tuple(TYPES)
+    flags: tuple[str, ...] = ()
+    """Constants that tell launches of one kernel apart, shown in the table where they are True."""
 
 
 class Case(NamedTuple):
@@ -57,7 +80,7 @@ class Case(NamedTuple):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if self.type == "tf32" else "ieee"
         try:
             with recorded() as found:
-                _CALLS[self.operator](slots, schedule)
+                operators()[self.operator].call(slots, schedule)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
         unique = {key_of(launch): launch for launch in found}
@@ -71,13 +94,27 @@ def key_of(launch: Launch) -> tuple[Any, ...]:
     return (launch.kernel.__name__, types, constants, launch.warps, launch.stages)
 
 
-def cases(
-    operators: Sequence[str] = OPERATORS,
-    widths: Iterable[int] = tuple(SIZES),
-    types: Iterable[str] = tuple(TYPES),
-) -> list[Case]:
-    """All combinations."""
-    return [Case(op, width, name) for op in operators for width in widths for name in types]
+@functools.cache
+def operators() -> Mapping[str, Operator]:
+    """All operators by name: those below, then those of the modules with cases of their own."""
+    import xattn_kernels.triton as package
+
+    found = dict(_OPERATORS)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.endswith("_cases"):
+            found |= importlib.import_module(f"{package.__name__}.{module.name}").OPERATORS
+    return found
+
+
+def cases(only: Iterable[str] | None = None) -> list[Case]:
+    """All operators, or some, with their widths and types."""
+    return [
+        Case(name, width, type_)
+        for name, operator in operators().items()
+        if only is None or name in only
+        for width in operator.widths
+        for type_ in operator.types
+    ]
 
 
 def rows(chosen: Sequence[Case], capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -86,7 +123,7 @@ def rows(chosen: Sequence[Case], capabilities: Sequence[int]) -> Iterator[dict[s
         for launch in case.launches():
             for capability in capabilities:
                 found = aot.resources(aot.compile_launch(launch, capability))
-                flags = ("WEIGHTED", "BY_MEMBER", "HAS_S", "WITH_KEYS", "WITH_VALUES")
+                flags = operators()[case.operator].flags
                 yield {
                     "sm": capability,
                     "operator": case.operator,
@@ -157,34 +194,61 @@ def _block(slots: Any, schedule: Schedule) -> None:
     engine.forward(features, packed, sets, schedule.edges_flat, 1e-12, outputs)
 
 
-_CALLS = {
-    "linear_cross_attention": _linear,
-    "softmax_cross_attention": _softmax,
-    "cross_attention_block": _block,
+_OPERATORS = {
+    "linear_cross_attention": Operator(_linear, flags=("WEIGHTED", "BY_MEMBER", "HAS_S")),
+    "softmax_cross_attention": Operator(_softmax, flags=("WITH_KEYS", "WITH_VALUES")),
+    "cross_attention_block": Operator(_block),
 }
+
+
+def write(file: Path, table: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON, one a line, in the order of the operators."""
+    import triton
+
+    order = {case: number for number, case in enumerate(cases())}
+    kept = [row for row in table if _case(row) in order]
+    kept.sort(key=lambda row: order[_case(row)])
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in kept)
+    text = f'{{\n  "triton": "{triton.__version__}",\n  "kernels": [\n{lines}\n  ]\n}}\n'
+    handle, name = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(handle, "w") as temporary:
+        temporary.write(text)
+    Path(name).chmod(0o644)
+    Path(name).replace(file)
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(row["operator"], row["C"], row["type"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; returns 1 if a row is not acceptable."""
-    import triton
-
     parser = argparse.ArgumentParser(
         prog="python -m xattn_kernels.triton.resources", description="Compile all Triton kernels."
     )
     parser.add_argument("file", type=Path, help="JSON file to write")
-    file = parser.parse_args(arguments).file
-    chosen = cases()
-    table, bad = [], 0
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(operators()),
+        metavar="OPERATOR",
+        help="compile these, and keep what the file has of others",
+    )
+    options = parser.parse_args(arguments)
+    chosen, fresh = cases(options.only), list[dict[str, Any]]()
     for number, case in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {case.operator} {case.type} C={case.channels}", flush=True)
         for row in rows([case], CAPABILITIES):
-            table.append(row)
+            fresh.append(row)
             for problem in problems(row):
-                bad += 1
                 print(f"  {identity(row)}: {problem}", flush=True)
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in table)
-    file.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": [\n{lines}\n  ]\n}}\n')
-    print(f"{file}: {len(table)} kernels, {bad} not acceptable")
+    others: list[dict[str, Any]] = []
+    if options.only:
+        written = json.loads(options.file.read_text())["kernels"]
+        others = [row for row in written if _case(row) not in chosen]
+    write(options.file, [*others, *fresh])
+    bad = sum(bool(problems(row)) for row in fresh)
+    print(f"{options.file}: {len(fresh)} kernels compiled, {bad} not acceptable")
     return 1 if bad else 0
 
 
