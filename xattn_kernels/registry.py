@@ -45,6 +45,7 @@ OPERATORS = (
     "linear_cross_attention",
     "softmax_cross_attention",
     "cross_attention_block",
+    "cross_attention_block_training",
     "pyramid_projection",
 )
 

@@ -1,0 +1,1 @@
+"""The cross-attention block in training: projections, batch norms and linear attention."""
