@@ -255,7 +255,7 @@ def _query_gradients(
     state_z: Tensor,
     weights: Tensor,
 ) -> None:
-    from xattn_kernels.triton.linear_kernels import query_gradient_kernel
+    from xattn_kernels.triton.linear_gradient_kernels import query_gradient_kernel
 
     tiles = query_gradient_tiles(call.channels, call.value_channels, call.dot)
     steps = blocks([q.size(2) for q in query], tiles.tokens)
@@ -289,7 +289,7 @@ def _source_gradients(
     grad_s: Tensor,
     grad_z: Tensor,
 ) -> None:
-    from xattn_kernels.triton.linear_kernels import source_gradient_kernel
+    from xattn_kernels.triton.linear_gradient_kernels import source_gradient_kernel
 
     key, value, key_grads, value_grads = slots
     tiles = source_gradient_tiles(call.channels, call.value_channels, call.dot)
