@@ -37,6 +37,9 @@ ROW = 5
 
 _CACHED_TABLES = 256
 
+#: So few that in tests, too, a program has several works.
+_PROGRAMS_INTERPRETED = 5
+
 
 @functools.cache
 def load_error() -> str | None:
@@ -229,6 +232,14 @@ def _write(values: Sequence[int], device: torch.device) -> Tensor:
 def _load_writer(device: int) -> None:
     """Load the kernel that graphs need, which may not be possible while one is captured."""
     _write([0], torch.device("cuda", device))
+
+
+def programs(works: int, warps: int, device: torch.device) -> int:
+    """Programs that go through a list of works: as many as a GPU may hold, 16 warps a processor."""
+    if device.type != "cuda":
+        return min(works, _PROGRAMS_INTERPRETED)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(works, processors * max(16 // warps, 1))
 
 
 def pieces(width: int) -> tuple[int, int]:

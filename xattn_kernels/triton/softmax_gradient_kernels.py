@@ -14,8 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xattn_kernels.triton.maths import dot, extent, slot_tokens
-from xattn_kernels.triton.softmax_kernels import LOG2_E, head_tile, inner_products, put_head
+from xattn_kernels.triton.maths import extent, slot_tokens
+from xattn_kernels.triton.softmax_kernels import (
+    LOG2_E,
+    head_tile,
+    inner_products,
+    place_of,
+    put_head,
+    times_tile,
+)
 
 
 @triton.jit(
@@ -79,7 +86,7 @@ def delta_kernel(
 @triton.jit(
     do_not_specialize=[
         "queries", "keys", "values", "gradients", "results", "by_query", "by_output", "lse",
-        "batch_size", "tiles", "longest", "scale",
+        "batch_size", "tiles", "works", "longest", "scale",
     ]
 )  # fmt: skip
 def query_gradient_kernel(
@@ -95,6 +102,7 @@ def query_gradient_kernel(
     lse: tl.int32,
     batch_size: tl.int32,
     tiles: tl.int32,
+    works: tl.int32,
     longest: tl.int32,
     scale: tl.float32,
     HEADS: tl.constexpr,
@@ -125,85 +133,79 @@ def query_gradient_kernel(
     R_VECTOR: tl.constexpr,
     R_WIDE: tl.constexpr,
 ):
-    """A tile of one query, sample and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % HEADS
-    batch = (pid // tiles // HEADS) % batch_size
-    slot = pid // tiles // HEADS // batch_size
-    query = queries + slot * 5
-    result = results + slot * 5
-    tokens = extent(slot_tokens(table, query), Q_MINOR, Q_VECTOR)
-    if (tile * BM < tokens) and (tl.load(table + result) != 0):
-        m = tile * BM + tl.arange(0, BM)
-        m_valid = m < tokens
-        d0 = tl.arange(0, D0)
-        acc0 = tl.zeros([BM, D0], tl.float32)
-        if D1 > 0:
-            d1 = D0 + tl.arange(0, D1)
-            acc1 = tl.zeros([BM, D1], tl.float32)
-        row = batch.to(tl.int64) * HEADS + head
-        for i in range(
-            tl.load(table + by_query + slot).to(tl.int32),
-            tl.load(table + by_query + slot + 1).to(tl.int32),
-        ):
-            output = tl.load(table + by_query + i).to(tl.int32)
-            gradient = gradients + output * 5
-            present = m < extent(slot_tokens(table, gradient), G_MINOR, G_VECTOR)
-            place = tl.load(table + lse + output).to(tl.pointer_type(tl.float32)) + row * tokens
-            top = tl.load(place + m, mask=m_valid, other=0.0) * LOG2_E
-            place = delta + (output.to(tl.int64) * batch_size * HEADS + row) * longest
-            less = tl.load(place + m, mask=m_valid, other=0.0)
-            for j in range(
-                tl.load(table + by_output + output).to(tl.int32),
-                tl.load(table + by_output + output + 1).to(tl.int32),
+    """Tiles of one query, sample and head."""
+    for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        tile, head, batch, slot = place_of(work, tiles, batch_size, HEADS)
+        query = queries + slot * 5
+        result = results + slot * 5
+        tokens = extent(slot_tokens(table, query), Q_MINOR, Q_VECTOR)
+        if (tile * BM < tokens) and (tl.load(table + result) != 0):
+            m = tile * BM + tl.arange(0, BM)
+            m_valid = m < tokens
+            d0 = tl.arange(0, D0)
+            acc0 = tl.zeros([BM, D0], tl.float32)
+            if D1 > 0:
+                d1 = D0 + tl.arange(0, D1)
+                acc1 = tl.zeros([BM, D1], tl.float32)
+            row = batch.to(tl.int64) * HEADS + head
+            for i in range(
+                tl.load(table + by_query + slot).to(tl.int32),
+                tl.load(table + by_query + slot + 1).to(tl.int32),
             ):
-                source = tl.load(table + by_output + j).to(tl.int32)
-                key = keys + source * 5
-                value = values + source * 5
-                key_tokens = extent(slot_tokens(table, key), K_MINOR, K_VECTOR)
-                for n0 in range(0, key_tokens, BN):
-                    n = n0 + tl.arange(0, BN)
-                    n_valid = n < key_tokens
-                    s = inner_products(
-                        table, query, m, m_valid, key, n, n_valid, batch, head,
-                        tl.zeros([BM, BN], tl.float32), D, BK, UNROLL, DOT, DT, SIZE,
-                        Q_MINOR, Q_VECTOR, Q_WIDE, K_MINOR, K_VECTOR, K_WIDE,
-                    )  # fmt: skip
-                    p = tl.exp2(s * (scale * LOG2_E) - top[:, None])
-                    dp = inner_products(
-                        table, gradient, m, present, value, n, n_valid, batch, head,
-                        tl.zeros([BM, BN], tl.float32), V, BK, UNROLL, DOT, DT, SIZE,
-                        G_MINOR, G_VECTOR, G_WIDE, V_MINOR, V_VECTOR, V_WIDE,
-                    )  # fmt: skip
-                    ds = tl.where(n_valid[None, :], p * (dp - less[:, None]), 0.0)
-                    k0 = head_tile(
-                        table, key, batch, head, d0, n, n_valid, D, DT, SIZE, K_MINOR, K_VECTOR,
-                        K_WIDE,
-                    )  # fmt: skip
-                    acc0 = dot(ds, tl.trans(k0), acc0, DOT)
-                    if D1 > 0:
-                        k1 = head_tile(
-                            table, key, batch, head, d1, n, n_valid, D, DT, SIZE, K_MINOR,
-                            K_VECTOR, K_WIDE,
+                output = tl.load(table + by_query + i).to(tl.int32)
+                gradient = gradients + output * 5
+                present = m < extent(slot_tokens(table, gradient), G_MINOR, G_VECTOR)
+                place = tl.load(table + lse + output).to(tl.pointer_type(tl.float32)) + row * tokens
+                top = tl.load(place + m, mask=m_valid, other=0.0) * LOG2_E
+                place = delta + (output.to(tl.int64) * batch_size * HEADS + row) * longest
+                less = tl.load(place + m, mask=m_valid, other=0.0)
+                for j in range(
+                    tl.load(table + by_output + output).to(tl.int32),
+                    tl.load(table + by_output + output + 1).to(tl.int32),
+                ):
+                    source = tl.load(table + by_output + j).to(tl.int32)
+                    key = keys + source * 5
+                    value = values + source * 5
+                    key_tokens = extent(slot_tokens(table, key), K_MINOR, K_VECTOR)
+                    for n0 in range(0, key_tokens, BN):
+                        n = n0 + tl.arange(0, BN)
+                        n_valid = n < key_tokens
+                        s = inner_products(
+                            table, query, m, m_valid, key, n, n_valid, batch, head,
+                            tl.zeros([BM, BN], tl.float32), D, BK, UNROLL, DOT, DT, SIZE,
+                            Q_MINOR, Q_VECTOR, Q_WIDE, K_MINOR, K_VECTOR, K_WIDE,
                         )  # fmt: skip
-                        acc1 = dot(ds, tl.trans(k1), acc1, DOT)
-        x0 = tl.trans(acc0 * scale)
-        put_head(
-            table, result, batch, head, d0, m, m_valid, x0, D, DT, SIZE, R_MINOR, R_VECTOR, R_WIDE
-        )
-        if D1 > 0:
-            x1 = tl.trans(acc1 * scale)
+                        p = tl.exp2(s * (scale * LOG2_E) - top[:, None])
+                        dp = inner_products(
+                            table, gradient, m, present, value, n, n_valid, batch, head,
+                            tl.zeros([BM, BN], tl.float32), V, BK, UNROLL, DOT, DT, SIZE,
+                            G_MINOR, G_VECTOR, G_WIDE, V_MINOR, V_VECTOR, V_WIDE,
+                        )  # fmt: skip
+                        ds = tl.where(n_valid[None, :], p * (dp - less[:, None]), 0.0)
+                        acc0 = times_tile(
+                            ds, acc0, table, key, batch, head, d0, n, n_valid, D, DOT, DT, SIZE,
+                            K_MINOR, K_VECTOR, K_WIDE,
+                        )  # fmt: skip
+                        if D1 > 0:
+                            acc1 = times_tile(
+                                ds, acc1, table, key, batch, head, d1, n, n_valid, D, DOT, DT, SIZE,
+                                K_MINOR, K_VECTOR, K_WIDE,
+                            )  # fmt: skip
             put_head(
-                table, result, batch, head, d1, m, m_valid, x1, D, DT, SIZE, R_MINOR, R_VECTOR,
-                R_WIDE,
+                table, result, batch, head, d0, m, m_valid, acc0 * scale, D, DT, SIZE,
+                R_MINOR, R_VECTOR, R_WIDE,
             )  # fmt: skip
+            if D1 > 0:
+                put_head(
+                    table, result, batch, head, d1, m, m_valid, acc1 * scale, D, DT, SIZE,
+                    R_MINOR, R_VECTOR, R_WIDE,
+                )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
         "queries", "keys", "values", "gradients", "key_results", "value_results", "by_source",
-        "lse", "batch_size", "tiles", "longest", "scale",
+        "lse", "batch_size", "tiles", "works", "longest", "scale",
     ]
 )  # fmt: skip
 def source_gradient_kernel(
@@ -219,6 +221,7 @@ def source_gradient_kernel(
     lse: tl.int32,
     batch_size: tl.int32,
     tiles: tl.int32,
+    works: tl.int32,
     longest: tl.int32,
     scale: tl.float32,
     HEADS: tl.constexpr,
@@ -256,108 +259,97 @@ def source_gradient_kernel(
     DV_VECTOR: tl.constexpr,
     DV_WIDE: tl.constexpr,
 ):
-    """dk, dv or both for a tile of one source, sample and head; ``queries`` are by output."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % HEADS
-    batch = (pid // tiles // HEADS) % batch_size
-    slot = pid // tiles // HEADS // batch_size
-    key = keys + slot * 5
-    value = values + slot * 5
-    key_tokens = extent(slot_tokens(table, key), K_MINOR, K_VECTOR)
-    if tile * BN < key_tokens:
-        n = tile * BN + tl.arange(0, BN)
-        n_valid = n < key_tokens
-        d0 = tl.arange(0, D0)
-        v0 = tl.arange(0, V0)
-        if WITH_KEYS:
-            dk0 = tl.zeros([BN, D0], tl.float32)
-        if WITH_VALUES:
-            dv0 = tl.zeros([BN, V0], tl.float32)
-        if WITH_KEYS and D1 > 0:
-            d1 = D0 + tl.arange(0, D1)
-            dk1 = tl.zeros([BN, D1], tl.float32)
-        if WITH_VALUES and V1 > 0:
-            v1 = V0 + tl.arange(0, V1)
-            dv1 = tl.zeros([BN, V1], tl.float32)
-        row = batch.to(tl.int64) * HEADS + head
-        for i in range(
-            tl.load(table + by_source + slot).to(tl.int32),
-            tl.load(table + by_source + slot + 1).to(tl.int32),
-        ):
-            output = tl.load(table + by_source + i).to(tl.int32)
-            query = queries + output * 5
-            gradient = gradients + output * 5
-            tokens = extent(slot_tokens(table, query), Q_MINOR, Q_VECTOR)
-            with_gradient = extent(slot_tokens(table, gradient), G_MINOR, G_VECTOR)
-            tops = tl.load(table + lse + output).to(tl.pointer_type(tl.float32)) + row * tokens
-            lesses = delta + (output.to(tl.int64) * batch_size * HEADS + row) * longest
-            for m0 in range(0, tokens, BM):
-                m = m0 + tl.arange(0, BM)
-                m_valid = m < tokens
-                present = m < with_gradient
-                top = tl.load(tops + m, mask=m_valid, other=0.0) * LOG2_E
-                less = tl.load(lesses + m, mask=m_valid, other=0.0)
-                s = inner_products(
-                    table, key, n, n_valid, query, m, m_valid, batch, head,
-                    tl.zeros([BN, BM], tl.float32), D, BK, UNROLL, DOT, DT, SIZE,
-                    K_MINOR, K_VECTOR, K_WIDE, Q_MINOR, Q_VECTOR, Q_WIDE,
-                )  # fmt: skip
-                p = tl.exp2(s * (scale * LOG2_E) - top[None, :])
-                p = tl.where(m_valid[None, :], p, 0.0)
-                if WITH_VALUES:
-                    g0 = head_tile(
-                        table, gradient, batch, head, v0, m, present, V, DT, SIZE, G_MINOR,
-                        G_VECTOR, G_WIDE,
+    """dk, dv or both for tiles of one source, sample and head; ``queries`` are by output."""
+    for work in range(tl.program_id(0), works, tl.num_programs(0)):
+        tile, head, batch, slot = place_of(work, tiles, batch_size, HEADS)
+        key = keys + slot * 5
+        value = values + slot * 5
+        key_tokens = extent(slot_tokens(table, key), K_MINOR, K_VECTOR)
+        if tile * BN < key_tokens:
+            n = tile * BN + tl.arange(0, BN)
+            n_valid = n < key_tokens
+            d0 = tl.arange(0, D0)
+            v0 = tl.arange(0, V0)
+            if WITH_KEYS:
+                dk0 = tl.zeros([BN, D0], tl.float32)
+            if WITH_VALUES:
+                dv0 = tl.zeros([BN, V0], tl.float32)
+            if WITH_KEYS and D1 > 0:
+                d1 = D0 + tl.arange(0, D1)
+                dk1 = tl.zeros([BN, D1], tl.float32)
+            if WITH_VALUES and V1 > 0:
+                v1 = V0 + tl.arange(0, V1)
+                dv1 = tl.zeros([BN, V1], tl.float32)
+            row = batch.to(tl.int64) * HEADS + head
+            for i in range(
+                tl.load(table + by_source + slot).to(tl.int32),
+                tl.load(table + by_source + slot + 1).to(tl.int32),
+            ):
+                output = tl.load(table + by_source + i).to(tl.int32)
+                query = queries + output * 5
+                gradient = gradients + output * 5
+                tokens = extent(slot_tokens(table, query), Q_MINOR, Q_VECTOR)
+                with_gradient = extent(slot_tokens(table, gradient), G_MINOR, G_VECTOR)
+                tops = tl.load(table + lse + output).to(tl.pointer_type(tl.float32)) + row * tokens
+                lesses = delta + (output.to(tl.int64) * batch_size * HEADS + row) * longest
+                for m0 in range(0, tokens, BM):
+                    m = m0 + tl.arange(0, BM)
+                    m_valid = m < tokens
+                    present = m < with_gradient
+                    top = tl.load(tops + m, mask=m_valid, other=0.0) * LOG2_E
+                    less = tl.load(lesses + m, mask=m_valid, other=0.0)
+                    s = inner_products(
+                        table, key, n, n_valid, query, m, m_valid, batch, head,
+                        tl.zeros([BN, BM], tl.float32), D, BK, UNROLL, DOT, DT, SIZE,
+                        K_MINOR, K_VECTOR, K_WIDE, Q_MINOR, Q_VECTOR, Q_WIDE,
                     )  # fmt: skip
-                    dv0 = dot(p, tl.trans(g0), dv0, DOT)
-                    if V1 > 0:
-                        g1 = head_tile(
-                            table, gradient, batch, head, v1, m, present, V, DT, SIZE, G_MINOR,
-                            G_VECTOR, G_WIDE,
+                    p = tl.exp2(s * (scale * LOG2_E) - top[None, :])
+                    p = tl.where(m_valid[None, :], p, 0.0)
+                    if WITH_VALUES:
+                        dv0 = times_tile(
+                            p, dv0, table, gradient, batch, head, v0, m, present, V, DOT, DT, SIZE,
+                            G_MINOR, G_VECTOR, G_WIDE,
                         )  # fmt: skip
-                        dv1 = dot(p, tl.trans(g1), dv1, DOT)
-                if WITH_KEYS:
-                    dp = inner_products(
-                        table, value, n, n_valid, gradient, m, present, batch, head,
-                        tl.zeros([BN, BM], tl.float32), V, BK, UNROLL, DOT, DT, SIZE,
-                        V_MINOR, V_VECTOR, V_WIDE, G_MINOR, G_VECTOR, G_WIDE,
-                    )  # fmt: skip
-                    ds = p * (dp - less[None, :])
-                    q0 = head_tile(
-                        table, query, batch, head, d0, m, m_valid, D, DT, SIZE, Q_MINOR, Q_VECTOR,
-                        Q_WIDE,
-                    )  # fmt: skip
-                    dk0 = dot(ds, tl.trans(q0), dk0, DOT)
-                    if D1 > 0:
-                        q1 = head_tile(
-                            table, query, batch, head, d1, m, m_valid, D, DT, SIZE, Q_MINOR,
-                            Q_VECTOR, Q_WIDE,
+                        if V1 > 0:
+                            dv1 = times_tile(
+                                p, dv1, table, gradient, batch, head, v1, m, present, V, DOT, DT,
+                                SIZE, G_MINOR, G_VECTOR, G_WIDE,
+                            )  # fmt: skip
+                    if WITH_KEYS:
+                        dp = inner_products(
+                            table, value, n, n_valid, gradient, m, present, batch, head,
+                            tl.zeros([BN, BM], tl.float32), V, BK, UNROLL, DOT, DT, SIZE,
+                            V_MINOR, V_VECTOR, V_WIDE, G_MINOR, G_VECTOR, G_WIDE,
                         )  # fmt: skip
-                        dk1 = dot(ds, tl.trans(q1), dk1, DOT)
-        if WITH_KEYS:
-            result = key_results + slot * 5
-            x0 = tl.trans(dk0 * scale)
-            put_head(
-                table, result, batch, head, d0, n, n_valid, x0, D, DT, SIZE, DK_MINOR, DK_VECTOR,
-                DK_WIDE,
-            )  # fmt: skip
-            if D1 > 0:
-                x1 = tl.trans(dk1 * scale)
+                        ds = p * (dp - less[None, :])
+                        dk0 = times_tile(
+                            ds, dk0, table, query, batch, head, d0, m, m_valid, D, DOT, DT, SIZE,
+                            Q_MINOR, Q_VECTOR, Q_WIDE,
+                        )  # fmt: skip
+                        if D1 > 0:
+                            dk1 = times_tile(
+                                ds, dk1, table, query, batch, head, d1, m, m_valid, D, DOT, DT,
+                                SIZE, Q_MINOR, Q_VECTOR, Q_WIDE,
+                            )  # fmt: skip
+            if WITH_KEYS:
+                result = key_results + slot * 5
                 put_head(
-                    table, result, batch, head, d1, n, n_valid, x1, D, DT, SIZE, DK_MINOR,
-                    DK_VECTOR, DK_WIDE,
+                    table, result, batch, head, d0, n, n_valid, dk0 * scale, D, DT, SIZE,
+                    DK_MINOR, DK_VECTOR, DK_WIDE,
                 )  # fmt: skip
-        if WITH_VALUES:
-            result = value_results + slot * 5
-            x0 = tl.trans(dv0)
-            put_head(
-                table, result, batch, head, v0, n, n_valid, x0, V, DT, SIZE, DV_MINOR, DV_VECTOR,
-                DV_WIDE,
-            )  # fmt: skip
-            if V1 > 0:
-                x1 = tl.trans(dv1)
+                if D1 > 0:
+                    put_head(
+                        table, result, batch, head, d1, n, n_valid, dk1 * scale, D, DT, SIZE,
+                        DK_MINOR, DK_VECTOR, DK_WIDE,
+                    )  # fmt: skip
+            if WITH_VALUES:
+                result = value_results + slot * 5
                 put_head(
-                    table, result, batch, head, v1, n, n_valid, x1, V, DT, SIZE, DV_MINOR,
-                    DV_VECTOR, DV_WIDE,
+                    table, result, batch, head, v0, n, n_valid, dv0, V, DT, SIZE,
+                    DV_MINOR, DV_VECTOR, DV_WIDE,
                 )  # fmt: skip
+                if V1 > 0:
+                    put_head(
+                        table, result, batch, head, v1, n, n_valid, dv1, V, DT, SIZE,
+                        DV_MINOR, DV_VECTOR, DV_WIDE,
+                    )  # fmt: skip

@@ -17,7 +17,14 @@ from xattn_kernels.ops.softmax_cross_attention.op import Result, allocate, alloc
 from xattn_kernels.registry import Problem
 from xattn_kernels.triton import runtime
 from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.runtime import Layout, Table, blocks, layout_constants, pieces
+from xattn_kernels.triton.runtime import (
+    Layout,
+    Table,
+    blocks,
+    layout_constants,
+    pieces,
+    programs,
+)
 from xattn_kernels.triton.softmax_tiles import forward_tiles, gradient_tiles, source_tiles
 
 #: Queries and channels a step of the kernel that multiplies outputs by their gradients.
@@ -55,15 +62,17 @@ def forward(
     with runtime.device_of(query[0]):
         from xattn_kernels.triton.softmax_kernels import forward_kernel
 
+        works = steps * heads * query[0].size(0) * len(groups)
         launch(
             forward_kernel,
-            steps * heads * query[0].size(0) * len(groups),
+            programs(works, tiles.warps, query[0].device),
             table.on(query[0].device),
             *rows,
             lists,
             lse_row,
             query[0].size(0),
             steps,
+            works,
             scale,
             **_constants(query[0], heads),
             D=width,
@@ -187,9 +196,10 @@ def backward(
         if any(x is not None for x in query_grads):
             steps = blocks([q.size(2) for q in query], tiles.queries)
             first, second = pieces(width)
+            works = steps * heads * batch * len(query)
             launch(
                 query_gradient_kernel,
-                steps * heads * batch * len(query),
+                programs(works, tiles.warps, query[0].device),
                 on_device,
                 delta,
                 *(row[name] for name in ("query", "key", "value", "gradient", "dq")),
@@ -198,6 +208,7 @@ def backward(
                 lse_row,
                 batch,
                 steps,
+                works,
                 delta.size(3),
                 scale,
                 **products,
@@ -220,9 +231,10 @@ def backward(
         for keys_now, values_now in parts:
             if not (keys_now or values_now):
                 continue
+            works = steps * heads * batch * len(key)
             launch(
                 source_gradient_kernel,
-                steps * heads * batch * len(key),
+                programs(works, tiles.warps, query[0].device),
                 on_device,
                 delta,
                 *(row[name] for name in ("queries", "key", "value", "gradient", "dk", "dv")),
@@ -230,6 +242,7 @@ def backward(
                 lse_row,
                 batch,
                 steps,
+                works,
                 delta.size(3),
                 scale,
                 **products,
