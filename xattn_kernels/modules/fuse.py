@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from xattn_kernels.distributed import rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.layers import BasicBlock, FoldedBlock, is_stock, sum_repeats
+from xattn_kernels.modules.normalisation import BatchNorm
 
 GROUP_BYTES = 32 * 2**20
 """Size of the largest input made of several targets: the allocator reuses blocks up to it, and maps
@@ -27,11 +29,17 @@ def fuse(block: BasicBlock, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
     Args:
         block: the residual block; its running statistics are updated once per target, in order.
+            Its batches and the maps may span processes.
         rows: for every target t, [x_t, c_1, c_2, ...], all (B, C, H, W).
     """
-    if not is_stock(block):
-        return [block(torch.cat([part for c in row for part in (x, c)], 1)) for x, *row in rows]
     channels = rows[0][0].shape[1]
+    stock = is_stock(block)
+    if rows_of(block) is not None or (not stock and is_stock(block, synchronised=True)):
+        # By target: how many fit into one tensor may differ between processes.
+        inputs = [_join([row]) for row in rows]
+        return block.over_processes(inputs, lambda weight: sum_repeats(weight, channels))
+    if not stock:
+        return [block(torch.cat([part for c in row for part in (x, c)], 1)) for x, *row in rows]
     shortcut, norm = block.projected_shortcut()
     weight = sum_repeats(block.conv1.weight, channels)
     shortcut_weight = sum_repeats(shortcut.weight, channels)
@@ -84,7 +92,7 @@ def _without_repeats(folded: FoldedBlock) -> FoldedBlock:
     )
 
 
-def _normalise(bn: nn.BatchNorm2d, x: Tensor, count: int) -> Tensor:
+def _normalise(bn: BatchNorm, x: Tensor, count: int) -> Tensor:
     """`bn` of each of `count` targets, which are the samples of `x` in order."""
     if count == 1 or not normalisation.uses_batch(bn):
         normalised: Tensor = bn(x)

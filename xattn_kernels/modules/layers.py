@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import cast_for_autocast, without_autocast
+from xattn_kernels.modules.normalisation import BatchNorm, normalise
+from xattn_kernels.modules.rows import convolve3x3
 from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
 
 
@@ -25,7 +28,7 @@ class Projection(nn.Module):
         nn.init.xavier_uniform_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = self.bn(self.conv(x))
+        [normalised] = normalise(self.bn, [self.conv(x)], rows_of(self))
         return normalised
 
 
@@ -98,7 +101,13 @@ class BasicBlock(CacheOwner):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = rows_of(self)
+        if rows is not None:
+            check_rows([x], rows)
+            return self.over_processes([x])[0]
         traced = torch.compiler.is_compiling() or is_transformed()
+        if not traced and not is_stock(self) and is_stock(self, synchronised=True):
+            return self.over_processes([x])[0]
         if not traced and is_stock(self) and normalisation.is_inference([self], [x]):
             x = cast_for_autocast(x).contiguous(memory_format=torch.channels_last)
             with without_autocast(x):
@@ -108,6 +117,39 @@ class BasicBlock(CacheOwner):
         residual += x if self.downsample is None else self.downsample(x)
         return F.relu(residual, inplace=True)
 
+    def over_processes(
+        self,
+        inputs: Sequence[Tensor],
+        change: Callable[[Tensor], Tensor] = lambda weight: weight,
+    ) -> list[Tensor]:
+        """Outputs for one input after the other, whose batches or maps may span processes.
+
+        Args:
+            inputs: their number is the same on all ranks.
+            change: of the weights of the convolutions that read the input.
+
+        Raises:
+            RuntimeError: unless `is_stock` but for synchronised batch norms.
+        """
+        rows = rows_of(self)
+        if not is_stock(self, synchronised=True):
+            raise RuntimeError(
+                "BasicBlock: its maps are split over processes, and it has hooks or layers other "
+                "than the built-in ones, which would not know"
+            )
+        convolution = self.conv1
+        hidden = convolve3x3(inputs, change(convolution.weight), convolution.bias, rows)
+        hidden = [F.relu(x, inplace=True) for x in normalise(self.bn1, hidden, rows)]
+        hidden = convolve3x3(hidden, self.conv2.weight, self.conv2.bias, rows)
+        outputs = normalise(self.bn2, hidden, rows)
+        shortcuts = list(inputs)
+        if self.downsample is not None:
+            convolution, norm = self.projected_shortcut()
+            weight = change(convolution.weight)
+            shortcuts = [F.conv2d(x, weight, convolution.bias) for x in inputs]
+            shortcuts = normalise(norm, shortcuts, rows)
+        return [F.relu(x + y, inplace=True) for x, y in zip(outputs, shortcuts, strict=True)]
+
     def cached(
         self,
         name: str,
@@ -115,6 +157,7 @@ class BasicBlock(CacheOwner):
         change: Callable[[FoldedBlock], FoldedBlock] = lambda folded: folded,
     ) -> FoldedBlock:
         """The folded block in `dtype` after `change`, kept under `name`. Needs `is_stock`."""
+        pairs: list[tuple[nn.Conv2d, BatchNorm]]
         pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
         if self.downsample is not None:
             pairs.append(self.projected_shortcut())
@@ -129,12 +172,12 @@ class BasicBlock(CacheOwner):
         sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
         return self._cache.get(name, sources, (dtype, *(bn.eps for _, bn in pairs)), make)
 
-    def projected_shortcut(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    def projected_shortcut(self) -> tuple[nn.Conv2d, BatchNorm]:
         """Convolution and batch norm of the shortcut. Needs `is_stock` and a projected one."""
         assert self.downsample is not None
         convolution, norm = self.downsample
         assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, normalisation.KINDS)
         return convolution, norm
 
 
@@ -143,31 +186,40 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, Projection, Projecti
 _LAYERS = (nn.Conv2d, nn.Linear, nn.ReLU)
 
 
-def is_stock(*modules: nn.Module) -> bool:
+def is_stock(*modules: nn.Module, synchronised: bool = False) -> bool:
     """Whether modules and all below them do what their parameters say and nothing else.
 
-    Then others may compute it for them. False with hooks or where a layer was replaced
-    (`nn.SyncBatchNorm`, a quantised, pruned or parametrised convolution): those have to be called.
+    Then others may compute it for them. False with hooks or where a layer was replaced (a
+    quantised, pruned or parametrised convolution): those have to be called. False as well for a
+    `nn.SyncBatchNorm` whose batch spans processes, except for a caller that sees to it:
+    `synchronised`.
     """
     stack = list(modules)
     while stack:
         module = stack.pop()
         kind = type(module)
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
+        if normalisation.is_hooked(module):
             return False
-        if kind is nn.BatchNorm2d:
+        if kind in normalisation.KINDS:
+            assert isinstance(module, normalisation.KINDS)
             if module.weight is None:
+                return False
+            if not synchronised and normalisation.statistics_group(module) is not None:
                 return False
         elif issubclass(kind, _CONTAINERS):
             stack += [child for child in module._modules.values() if child is not None]
         elif kind not in _LAYERS:
             return False
     return True
+
+
+def convolve_and_normalise(pair: nn.Module, x: Tensor) -> Tensor:
+    """`pair`, a convolution and a batch norm in sequence, whose batch may span processes."""
+    if isinstance(pair, nn.Sequential) and len(pair) == 2 and is_stock(pair, synchronised=True):
+        convolution, norm = pair
+        return normalise(norm, [convolution(x)], rows_of(pair))[0]
+    output: Tensor = pair(x)
+    return output
 
 
 def sum_repeats(weight: Tensor, channels: int) -> Tensor:

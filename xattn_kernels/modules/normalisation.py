@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from xattn_kernels import distributed
+from xattn_kernels.distributed import Reduction
+from xattn_kernels.ops.features import ACCUMULATORS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: `SyncBatchNorm` differs from `BatchNorm2d` in training with several processes only.
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+KINDS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def uses_batch(bn: nn.BatchNorm2d) -> bool:
+def uses_batch(bn: BatchNorm) -> bool:
     """Whether `bn` normalises with statistics of the batch rather than running ones."""
     return bn.training or bn.running_mean is None or bn.running_var is None
 
 
-def agree(norms: Sequence[nn.BatchNorm2d]) -> bool:
-    """Whether the norms agree in eps and in the kind of statistics."""
-    eps, batch = norms[0].eps, uses_batch(norms[0])
-    return all(bn.eps == eps and uses_batch(bn) == batch for bn in norms)
+def statistics_group(bn: BatchNorm, rows: ProcessGroup | None = None) -> ProcessGroup | None:
+    """The ranks whose batch `bn` normalises with; None: that of this process, or running ones.
+
+    Args:
+        bn: a batch norm.
+        rows: the ranks that share the rows of its input, if any do.
+    """
+    return distributed.statistics_group(bn, rows) if uses_batch(bn) else None
+
+
+def reduction(bn: BatchNorm, rows: ProcessGroup | None = None) -> Reduction:
+    """What completes sums over tokens where all batch norms are as `bn`, see `agree`."""
+    return distributed.reduction(statistics_group(bn, rows), rows)
+
+
+def agree(norms: Sequence[BatchNorm]) -> bool:
+    """Whether the norms agree in eps, in the kind of statistics and in whose batch these are."""
+    eps, batch, group = norms[0].eps, uses_batch(norms[0]), statistics_group(norms[0])
+    return all(
+        bn.eps == eps and uses_batch(bn) == batch and statistics_group(bn) is group for bn in norms
+    )
 
 
 def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> bool:
@@ -27,7 +57,7 @@ def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> boo
     stack = list(blocks)
     while stack:
         module = stack.pop()
-        if isinstance(module, nn.BatchNorm2d) and uses_batch(module):
+        if isinstance(module, KINDS) and uses_batch(module):
             return False
         if gradient and any(p is not None and p.requires_grad for p in module._parameters.values()):
             return False
@@ -36,7 +66,7 @@ def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> boo
 
 
 def fold(
-    convolutions: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype
+    convolutions: Sequence[nn.Conv2d], norms: Sequence[BatchNorm], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Convolutions of one shape, each followed by a norm with running statistics, as affine maps.
 
@@ -54,7 +84,7 @@ def fold(
     return scale[:, :, None, None, None] * weight, bias
 
 
-def tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Tensor]:
+def tensors(conv: nn.Conv2d, bn: BatchNorm) -> list[Tensor]:
     """What `fold` reads."""
     candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return [x for x in candidates if x is not None]
@@ -76,7 +106,7 @@ def check_size(x: Tensor) -> None:
         )
 
 
-def update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+def update(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Update running statistics as one training forward of `bn` does.
 
     Args:
@@ -96,3 +126,119 @@ def update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
         if bn.momentum is None and count is not None:
             factor = count.to(running.dtype).reciprocal()  # of all batches alike
         running.lerp_(new.to(running.dtype), factor)
+
+
+def normalise(
+    norm: nn.Module, inputs: Sequence[Tensor], rows: ProcessGroup | None = None
+) -> list[Tensor]:
+    """`norm` of one input (B, C, H, W) after the other, for batches that span processes as well.
+
+    In place of calling it for rows of maps that are split over `rows`, and where
+    `SyncBatchNorm` gets tensors on CPU, which torch's own refuses. Then the inputs share their
+    reductions, so their number must be the same on all ranks; their sizes need not.
+    """
+    known = type(norm) is nn.BatchNorm2d or type(norm) is nn.SyncBatchNorm
+    synchronised = isinstance(norm, nn.SyncBatchNorm)
+    on_cpu = inputs[0].device.type == "cpu"
+    if known and not is_hooked(norm) and (on_cpu if synchronised else rows is not None):
+        assert isinstance(norm, KINDS)
+        group = statistics_group(norm, rows)
+        if group is not None:
+            outputs: list[Tensor] = _normalise_over(norm, inputs, group)
+            return outputs
+        return [nn.modules.batchnorm._BatchNorm.forward(norm, x) for x in inputs]
+    return [norm(x) for x in inputs]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+@torch.compiler.disable
+def _normalise_over(bn: BatchNorm, inputs: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Each input with the batch statistics of all ranks of `group`."""
+    reduction = distributed.reduction(group, None)
+    results = _BatchNorm.apply(bn.weight, bn.bias, bn.eps, reduction, *inputs)  # type: ignore[no-untyped-call]
+    mean, var, count = results[-3:]
+    if bool((count <= 1).any()):
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got "
+            f"{[int(n) for n in count]} in all processes"
+        )
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1)).unsqueeze(1)
+        for new in zip(mean, unbiased, strict=True):
+            update(bn, *new)
+    return [*results[:-3]]
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Ioffe, Szegedy, "Batch Normalization" (2015), algorithm 1, of batches that span processes.
+
+    Gradients of scale and shift are this rank's share, as those of `torch.nn.SyncBatchNorm`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        reduction: Reduction,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        dtype = ACCUMULATORS[inputs[0].dtype]
+        values = [x.to(dtype) for x in inputs]
+        local = [x.mean(dim=_TOKENS) for x in values]
+        squares = [
+            (x - _as_map(m)).square().sum(dim=_TOKENS) for x, m in zip(values, local, strict=True)
+        ]
+        count = values[0].new_tensor([x.numel() // x.shape[1] for x in values])
+        mean, deviations, count = reduction.moments(torch.stack(local), torch.stack(squares), count)
+        var = deviations / count.unsqueeze(1)
+        inverse_sigma = torch.rsqrt(var + eps)
+        factor = inverse_sigma if weight is None else inverse_sigma * weight.to(dtype)
+        outputs = []
+        for x, y, m, f in zip(inputs, values, mean, factor, strict=True):
+            y = (y - _as_map(m)) * _as_map(f)
+            outputs.append((y if bias is None else y + _as_map(bias.to(dtype))).to(x.dtype))
+        ctx.reduction = reduction
+        ctx.save_for_backward(weight, mean, inverse_sigma, factor, count, *inputs)
+        ctx.mark_non_differentiable(mean, var, count)
+        return *outputs, mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mean, inverse_sigma, factor, count, *inputs = ctx.saved_tensors
+        dtype = mean.dtype
+        pairs = []
+        for x, g, m, r in zip(inputs, gradients[: len(inputs)], mean, inverse_sigma, strict=True):
+            pairs.append((g.to(dtype), (x.to(dtype) - _as_map(m)) * _as_map(r)))
+        sums = torch.stack(
+            [torch.stack([g.sum(dim=_TOKENS), (g * y).sum(dim=_TOKENS)]) for g, y in pairs]
+        )
+        means = ctx.reduction.sums(sums) / count[:, None, None]
+        through = [
+            ((g - _as_map(a) - y * _as_map(b)) * _as_map(f)).to(inputs[0].dtype)
+            for (g, y), (a, b), f in zip(pairs, means, factor, strict=True)
+        ]
+        own: list[Tensor | None] = [None, None]
+        if weight is not None:
+            beta, gamma = sums.sum(dim=0).to(weight.dtype)
+            own = [gamma, beta]
+        return *own, None, None, *through
+
+
+_TOKENS = (0, 2, 3)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """(C) to combine with (B, C, H, W)."""
+    return x[:, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def convolve3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: ProcessGroup | None
-) -> Tensor:
-    """3x3 convolution with zero padding of a map (B, C, H, W), or of the rows split over `rows`."""
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, rows: ProcessGroup | None
+) -> list[Tensor]:
+    """3x3 convolutions with zero padding of maps (B, C, H, W), whole or split over `rows`."""
     if rows is None:
-        return F.conv2d(x, weight, bias, padding=1)
-    return F.conv2d(with_halo(x, rows), weight, bias, padding=(0, 1))
+        return [F.conv2d(x, weight, bias, padding=1) for x in inputs]
+    return [F.conv2d(x, weight, bias, padding=(0, 1)) for x in with_halos(inputs, rows)]
 
 
 @torch.compiler.disable
@@ -38,47 +39,50 @@ def linear_cross_attention(query: Tensor, key: Tensor, value: Tensor, rows: Proc
 
 
 @torch.compiler.disable
-def with_halo(x: Tensor, rows: ProcessGroup) -> Tensor:
-    """(B, C, H + 2, W): with the last row of the rank before and the first of the next one.
+def with_halos(inputs: Sequence[Tensor], rows: ProcessGroup) -> list[Tensor]:
+    """Each (B, C, H + 2, W): with the last row of the rank before and the first of the next one.
 
-    Zeros at the edges of the whole map. Differentiable; in the memory format of `x`.
+    Zeros at the edges of the whole map. Differentiable; in the memory format of the input.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Halo.apply(x, rows)  # type: ignore[no-untyped-call]
-        return result
-    return _Halo.forward(x, rows)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return list(_Halos.apply(rows, *inputs))  # type: ignore[no-untyped-call]
+    return list(_Halos.forward(rows, *inputs))
 
 
-class _Halo(torch.autograd.Function):
+class _Halos(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, rows: ProcessGroup) -> Tensor:
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        batch, channels, height, width = x.shape
-        padded = torch.empty(
-            (batch, channels, height + 2, width),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )
-        padded[:, :, 1:-1] = x
-        above, below = _neighbours(x[:, :, 0], x[:, :, -1], rows)
-        for row, neighbour in ((padded[:, :, 0], above), (padded[:, :, -1], below)):
-            row.zero_() if neighbour is None else row.copy_(neighbour)
-        return padded
+    def forward(rows: ProcessGroup, *inputs: Tensor) -> tuple[Tensor, ...]:
+        neighbours = _neighbours(inputs, rows)
+        return tuple(_pad(x, *pair) for x, pair in zip(inputs, neighbours, strict=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rows = inputs[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        own = gradient[:, :, 1:-1].clone(memory_format=torch.preserve_format)
-        above, below = _neighbours(gradient[:, :, 0], gradient[:, :, -1], ctx.rows)
-        for row, neighbour in ((own[:, :, 0], above), (own[:, :, -1], below)):
-            if neighbour is not None:
-                row += neighbour
-        return own, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        own = [gradient[:, :, 1:-1].clone() for gradient in gradients]
+        for x, (above, below) in zip(own, _neighbours(gradients, ctx.rows), strict=True):
+            for row, neighbour in ((x[:, :, 0], above), (x[:, :, -1], below)):
+                if neighbour is not None:
+                    row += neighbour
+        return None, *own
+
+
+def _pad(x: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    padded = torch.empty(
+        (batch, channels, height + 2, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    padded[:, :, 1:-1] = x
+    for row, neighbour in ((padded[:, :, 0], above), (padded[:, :, -1], below)):
+        row.zero_() if neighbour is None else row.copy_(neighbour)
+    return padded
 
 
 class _AllReduce(torch.autograd.Function):
@@ -99,10 +103,15 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _neighbours(
-    first: Tensor, last: Tensor, rows: ProcessGroup
-) -> tuple[Tensor | None, Tensor | None]:
-    """The `last` of the rank before and the `first` of the next one; None at the edges."""
-    edges = gather(torch.stack([first, last]), rows)
-    rank = dist.get_rank(rows)
-    above = edges[rank - 1, 1] if rank else None
-    return above, edges[rank + 1, 0] if rank + 1 < len(edges) else None
+    inputs: Sequence[Tensor], rows: ProcessGroup
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Per input, the last row of the rank before and the first of the next; None at the edges."""
+    edges = [torch.stack([x[:, :, 0], x[:, :, -1]]) for x in inputs]
+    gathered = gather(torch.cat([pair.flatten() for pair in edges]), rows)
+    rank, parts = dist.get_rank(rows), gathered.split([pair.numel() for pair in edges], dim=1)
+    result = []
+    for part, pair in zip(parts, edges, strict=True):
+        above = part[rank - 1].view_as(pair)[1] if rank else None
+        below = part[rank + 1].view_as(pair)[0] if rank + 1 < len(part) else None
+        result.append((above, below))
+    return result
