@@ -135,7 +135,9 @@ _SOURCE = _SIDE + "Tensor grad_s, Tensor grad_z, "
 
 
 def _define(phase: str, schema: str, fake: Any, mutated: int | None = None) -> Any:
-    op = library.define(f"{OP}_{phase}", schema, OP, phase, fake)
+    # What gives the outputs has the operator's own name.
+    name = OP if phase == "attend" else f"{OP}_{phase}"
+    op = library.define(name, schema, OP, phase, fake)
     if mutated is not None:
         library.bump_versions(op, outputs=mutated)
     return op
