@@ -231,26 +231,25 @@ class _Rows:
         )
 
 
-def check_rows(features: Sequence[Tensor], group: ProcessGroup) -> None:
+def check_rows(features: Sequence[Tensor], group: ProcessGroup | None) -> None:
     """Check that the ranks' features (B, C, H, W) are rows of the same maps; on all ranks alike.
 
+    Nothing is checked if there is no group.
+
     Raises:
-        ValueError: for another number of maps, samples or columns than on other ranks, and for
-            maps of which a rank has no row.
+        ValueError: for another number of samples or columns than on other ranks, and for maps of
+            which a rank has no row.
     """
-    # The number of maps leads, and decides how many rows of this table the others can compare.
+    if group is None:
+        return
     sizes = [(x.shape[0], x.shape[3], x.shape[2]) for x in features]
-    length = torch.tensor([[len(sizes)]], device=features[0].device)
-    lengths = gather(length, group).flatten().tolist()
-    if len({*lengths}) > 1:
-        raise ValueError(f"features: got {lengths} maps on the ranks, expected the same number")
-    table = gather(torch.tensor(sizes, device=length.device), group).tolist()
-    for i, shapes in enumerate(zip(*table, strict=True)):
+    table = gather(torch.tensor(sizes, device=features[0].device), group).unbind(dim=1)
+    for i, shapes in enumerate(x.tolist() for x in table):
         if len({(b, w) for b, w, _ in shapes}) > 1 or any(h == 0 for _, _, h in shapes):
             shown = [f"B={b}, H={h}, W={w}" for b, w, h in shapes]
             raise ValueError(
-                f"features, map {i}: got {shown} on the ranks, expected the same B and W and at "
-                "least one row on each"
+                f"features, map {i}: got {shown} on the ranks that share its rows, expected the "
+                "same B and W and at least one row on each"
             )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from xattn_kernels import functional
+from xattn_kernels.distributed import rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import DerivedCache
 from xattn_kernels.modules.layers import Projection, ProjectionSet, is_stock
@@ -72,10 +73,12 @@ class Wiring:
 def can_pack(blocks: Sequence[ProjectionSet], features: Sequence[Tensor]) -> bool:
     """Whether `attend` computes what calling the blocks one by one would.
 
-    False with hooks or replaced layers, with batch norms of which some are frozen, and for empty
-    features: then the blocks have to be called.
+    False with hooks or replaced layers, with batch norms of which some are frozen, for empty
+    features, and where batches or maps span processes: then the blocks have to be called.
     """
     if not is_stock(*blocks) or any(x.numel() == 0 for x in features):
+        return False
+    if rows_of(blocks[0]) is not None:
         return False
     projections = [p for block in blocks for p in block.projections()]
     if any(p.conv.bias is not None for p in projections):

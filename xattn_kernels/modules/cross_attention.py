@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels import functional
+from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
@@ -17,8 +18,9 @@ from xattn_kernels.modules.checks import (
     in_format_of,
     without_autocast,
 )
-from xattn_kernels.modules.layers import ProjectionSet
+from xattn_kernels.modules.layers import ProjectionSet, check_stock
 from xattn_kernels.modules.normalisation import is_inference
+from xattn_kernels.modules.rows import linear_cross_attention
 
 _ONE_EDGE = Wiring(((0, 1, 0),), 2)
 
@@ -76,6 +78,7 @@ class CrossAttention(CacheOwner, ProjectionSet):
         check_features(
             [("target", target, widths), ("source", source, widths)], self.value_project.conv.weight
         )
+        check_rows([target, source], rows_of(self))
         features = [cast_for_autocast(target), cast_for_autocast(source)]
         if not can_pack([self], features):
             return in_format_of(self._call_layers(*features), target)
@@ -88,11 +91,16 @@ class CrossAttention(CacheOwner, ProjectionSet):
 
     def _call_layers(self, target: Tensor, source: Tensor) -> Tensor:
         """The same with every layer called, for layers that are not the stock ones."""
+        rows = rows_of(self)
+        if rows is not None:
+            check_stock(self)
         query = _plain_gradient(self.query_project[1](F.relu(self.query_project[0](target))))
         key = _plain_gradient(self.key_project[1](F.relu(self.key_project[0](source))))
         value = _plain_gradient(F.relu(self.value_project(source)))
         output: Tensor
-        if self.kind == "linear":
+        if rows is not None:
+            output = linear_cross_attention(query, key, value, rows)
+        elif self.kind == "linear":
             output = functional.linear_cross_attention(query, key, value)
         else:
             output = functional.softmax_cross_attention(query, key, value, heads=self.heads)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_kernels import functional
+from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
@@ -21,7 +22,7 @@ from xattn_kernels.modules.checks import (
     without_autocast,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
-from xattn_kernels.modules.layers import is_stock, sum_repeats
+from xattn_kernels.modules.layers import call_sequence, is_stock, sum_repeats
 from xattn_kernels.modules.normalisation import is_inference
 from xattn_kernels.ops.features import ACCUMULATORS
 
@@ -64,6 +65,7 @@ class _Scales(CacheOwner):
             for s, (x, width) in enumerate(zip(features, self.channels, strict=True))
         ]
         check_features(named, self._block(0).value_project.conv.weight)
+        check_rows(features, rows_of(self))
 
     def _attend(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Attended maps [target][source - target - 1]."""
@@ -83,7 +85,7 @@ class _Scales(CacheOwner):
                 for name, adapter, x in zip(names, adapters, sources, strict=True)
             ]
         else:
-            adapted = [adapter(x) for adapter, x in zip(adapters, sources, strict=True)]
+            adapted = [call_sequence(a, x) for a, x in zip(adapters, sources, strict=True)]
         cells = [target, *adapted]
         if not can_pack([block], cells):
             return [block(target, x) for x in adapted]
@@ -96,7 +98,7 @@ class _Scales(CacheOwner):
     def _adapt_folded(self, name: str, adapter: nn.Module, x: Tensor) -> Tensor:
         """An adapter in inference, its batch norm folded."""
         convolution, norm = adapter.children()
-        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, normalisation.KINDS)
 
         def make() -> tuple[Tensor, Tensor]:
             weight, bias = normalisation.fold([convolution], [norm], ACCUMULATORS[x.dtype])
@@ -230,7 +232,7 @@ class CrossScaleHead(_Scales):
     def _aggregate(self, levels: Sequence[Tensor]) -> Tensor:
         """The last layer's output from [x_s, c_s..] of every scale."""
         first, norm, _, classifier = self.last_layer
-        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, normalisation.KINDS)
         assert isinstance(classifier, nn.Conv2d)
         dtype = ACCUMULATORS[levels[0].dtype]
 
@@ -282,8 +284,7 @@ class CrossScaleHead(_Scales):
         parts = [torch.cat([x, y], dim=1) for x, *row in rows[:-1] for y in row]
         size = rows[0][0].shape[2:]
         resized = [_resize(part, size) for part in (*parts, rows[-1][0])]
-        output: Tensor = self.last_layer(torch.cat(resized, dim=1))
-        return output
+        return call_sequence(self.last_layer, torch.cat(resized, dim=1))
 
 
 def _transposed(weight: Tensor) -> Tensor:

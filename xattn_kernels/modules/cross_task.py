@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
@@ -132,6 +133,7 @@ class CrossTaskAttention(CacheOwner):
             ],
             self.dimensionality_reduction.conv1.weight,
         )
+        check_rows(sources, rows_of(self))
         cast = [cast_for_autocast(x) for x in sources]
         targets = [cast[self.auxiliary_tasks.index(task)] for task in self.tasks]
         others = len(sources) - 1

@@ -132,11 +132,7 @@ class BasicBlock(CacheOwner):
             RuntimeError: unless `is_stock` but for synchronised batch norms.
         """
         rows = rows_of(self)
-        if not is_stock(self, synchronised=True):
-            raise RuntimeError(
-                "BasicBlock: its maps are split over processes, and it has hooks or layers other "
-                "than the built-in ones, which would not know"
-            )
+        check_stock(self)
         convolution = self.conv1
         hidden = convolve3x3(inputs, change(convolution.weight), convolution.bias, rows)
         hidden = [F.relu(x, inplace=True) for x in normalise(self.bn1, hidden, rows)]
@@ -213,12 +209,26 @@ def is_stock(*modules: nn.Module, synchronised: bool = False) -> bool:
     return True
 
 
-def convolve_and_normalise(pair: nn.Module, x: Tensor) -> Tensor:
-    """`pair`, a convolution and a batch norm in sequence, whose batch may span processes."""
-    if isinstance(pair, nn.Sequential) and len(pair) == 2 and is_stock(pair, synchronised=True):
-        convolution, norm = pair
-        return normalise(norm, [convolution(x)], rows_of(pair))[0]
-    output: Tensor = pair(x)
+def check_stock(module: nn.Module) -> None:
+    """Refuse to compute on split maps what would have to be called.
+
+    Raises:
+        RuntimeError: unless `module` is stock but for synchronised batch norms.
+    """
+    if not is_stock(module, synchronised=True):
+        raise RuntimeError(
+            f"{type(module).__name__}: got hooks or layers other than the built-in ones, expected "
+            "none where maps are split over processes: they would not know of the other rows"
+        )
+
+
+def call_sequence(layers: nn.Module, x: Tensor) -> Tensor:
+    """`layers` of `x`, an `nn.Sequential` of pointwise ones, whose batches may span processes."""
+    if isinstance(layers, nn.Sequential) and is_stock(layers, synchronised=True):
+        for layer in layers:
+            [x] = normalise(layer, [x], rows_of(layers))
+        return x
+    output: Tensor = layers(x)
     return output
 
 
