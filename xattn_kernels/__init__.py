@@ -8,6 +8,7 @@ from xattn_kernels import flops
 from xattn_kernels._version import __version__
 from xattn_kernels.functional import (
     cross_attention_block,
+    cross_attention_block_training,
     linear_cross_attention,
     pack_block_weights,
     pyramid_projection,
@@ -27,6 +28,7 @@ __all__ = [
     "backend",
     "convert_",
     "cross_attention_block",
+    "cross_attention_block_training",
     "explain",
     "linear_cross_attention",
     "list_backends",

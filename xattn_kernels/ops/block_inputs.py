@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xattn_kernels.ops.cross_attention_block_training.layers import LAYERS, Parameters
 from xattn_kernels.ops.features import (
     ACCUMULATORS,
     as_list,
@@ -41,6 +42,87 @@ def check_block_inputs(
         ValueError: for shapes, devices or numbers of slots that do not fit each other, and for an
             output whose edges differ in weight id: they share one query projection.
     """
+    inputs = _check_slots(features, schedule)
+    check_block_weights(weight, bias, inputs.features[0].dtype, inputs.features[0])
+    if weight.size(0) != schedule.num_weights:
+        raise ValueError(
+            f"weight: got {weight.size(0)} sets of projections, the schedule has "
+            f"{schedule.num_weights}"
+        )
+    return inputs
+
+
+def check_training_inputs(
+    features: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    gamma: Tensor | Sequence[Tensor],
+    beta: Tensor | Sequence[Tensor],
+    running_mean: Tensor | Sequence[Tensor] | None,
+    running_var: Tensor | Sequence[Tensor] | None,
+    schedule: Schedule,
+) -> tuple[BlockInputs, Parameters]:
+    """As `check_block_inputs`, with batch norms; parameters are returned layer by layer.
+
+    Raises:
+        TypeError: for tensors that the operator cannot work on, or of mixed dtypes.
+        ValueError: for shapes, devices or numbers of slots or layers that do not fit each other,
+            and for a running mean without variance, or the reverse.
+    """
+    inputs = _check_slots(features, schedule)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: got None, expected both running statistics or neither")
+    first, count = inputs.features[0], schedule.num_weights
+    vectors = {
+        "gamma": gamma,
+        "beta": beta,
+        "running_mean": () if running_mean is None else running_mean,
+        "running_var": () if running_var is None else running_var,
+    }
+    channels = first.size(1)
+    matrices = ((channels, channels), (channels, channels, 1, 1))
+    groups = [_layers("weight", weight, matrices, count, first)]
+    groups += [
+        [] if isinstance(x, tuple) and not x else _layers(name, x, ((channels,),), count, first)
+        for name, x in vectors.items()
+    ]
+    return inputs, Parameters(*groups)
+
+
+def _layers(
+    name: str,
+    group: Tensor | Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    count: int,
+    features: Tensor,
+) -> list[Tensor]:
+    """Check parameters of 5 `count` layers, stacked or one by one; return them one by one."""
+    stacked = (count, LAYERS, *shapes[0])
+    if isinstance(group, Tensor):
+        if group.shape != stacked:
+            raise ValueError(f"{name}: got {describe(group)}, expected shape {stacked}")
+        layers = list(group.flatten(0, 1).unbind())
+    else:
+        layers = as_list(name, group)
+        if len(layers) != count * LAYERS:
+            raise ValueError(
+                f"{name}: got {len(layers)} tensors, expected {count * LAYERS}, or one of shape "
+                f"{stacked}"
+            )
+    dtypes = (features.dtype, ACCUMULATORS[features.dtype])
+    for i, x in enumerate(layers):
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+            raise TypeError(f"{name}[{i}]: got {describe(x)}, expected a dense {expected} tensor")
+        if tuple(x.shape) not in shapes or x.device != features.device:
+            raise ValueError(
+                f"{name}[{i}]: got {describe(x)}, expected shape "
+                f"{' or '.join(map(str, shapes))} on {features.device}"
+            )
+    return layers
+
+
+def _check_slots(features: Sequence[Tensor], schedule: Schedule) -> BlockInputs:
     slots = as_list("features", features)
     first = slots[0]
     check_first("features[0]", first)
@@ -61,12 +143,6 @@ def check_block_inputs(
     count = max(schedule.num_queries, schedule.num_sources)
     if len(slots) != count:
         raise ValueError(f"features: got {len(slots)} slots, the schedule has {count}")
-    check_block_weights(weight, bias, first.dtype, first)
-    if weight.size(0) != schedule.num_weights:
-        raise ValueError(
-            f"weight: got {weight.size(0)} sets of projections, the schedule has "
-            f"{schedule.num_weights}"
-        )
     for number, edge in enumerate(schedule.edges):
         expected = schedule.groups[edge.output][0].weight
         if edge.weight != expected:
