@@ -15,7 +15,8 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc build_backend 
 	-not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test check format bench gpu-check expected-tests
+.PHONY: help setup demo test check format bench bench-full gpu-check \
+	expected-tests
 
 help:
 	@echo "make setup     virtual environment in $(VENV), dependencies, native modules"
@@ -23,7 +24,8 @@ help:
 	@echo "make test      all tests, and that none is missing or skipped unannounced"
 	@echo "make check     formatting, lint and types"
 	@echo "make format    reformat Python and C++"
-	@echo "make bench     the performance bars, side by side"
+	@echo "make bench     speed and memory side by side, in 3 minutes; a page in out/bench/quick"
+	@echo "make bench-full  the same for everything, in half an hour; a page in out/bench/full"
 	@echo "make gpu-check OUT=dir  the GPU engines on this machine's GPU, with its own python"
 	@echo "make expected-tests    write tests/expected_tests.json anew"
 
@@ -66,7 +68,10 @@ format: setup
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: setup
-	$(BIN)/python -m benchmarks --preset quick
+	$(BIN)/python -m xattn_kernels bench --preset quick
+
+bench-full: setup
+	$(BIN)/python -m xattn_kernels bench --preset full
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "OUT: expected a folder, as in make gpu-check OUT=out/gpu"; exit 2; }

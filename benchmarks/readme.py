@@ -1,13 +1,14 @@
-"""Tables of the README from the files they stand for: ``python -m benchmarks.readme [FILE ...]``.
+"""Tables and pictures of the README from results: ``python -m benchmarks.readme [FILE ...]``.
 
-A table lies between two comments, the first of which names its file::
+What is generated lies between two comments, the first of which names where it comes from, a folder
+of results or the demo's file::
 
-    <!-- begin bars: benchmarks/results/name.json -->
+    <!-- begin bars: benchmarks/results/cpu-2-cores -->
     <!-- end bars -->
 
-Without arguments every table is written anew from its file. With the file of another run, of
-``python -m benchmarks --json`` or of the demo, that one takes the place of the named one; a demo's
-picture and values are copied to docs/ first.
+Without arguments everything is written anew. The file of another run, ``results.json`` of a
+benchmark or ``demo.json`` of the demo, becomes the one of record first:
+``results/<machine>/<preset>.json``, or the demo's values and picture in docs/.
 """
 
 from __future__ import annotations
@@ -21,106 +22,163 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment, report
+from rich.console import Console
+from rich.markup import escape
+
+from . import environment, record, report
 
 ROOT = environment.ROOT
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 
 _BLOCK = re.compile(
-    r"<!-- begin (?P<name>[\w ]+): (?P<file>\S+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL
+    r"<!-- begin (?P<name>[\w ]+): (?P<source>\S+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; with ``--check`` only tell whether they are up to date."""
+    """Write tables and pictures; with ``--check`` only tell whether they are up to date.
+
+    Returns:
+        0; 1 with ``--check`` if something is outdated; 2 if a file cannot be used.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme", description="Write the README's tables from results."
+        prog="python -m benchmarks.readme",
+        description="Write the README's tables and pictures from results of record.",
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a table is outdated")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="runs that become those of record"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if something is outdated"
+    )
     options = parser.parse_args(arguments)
-    before = README.read_text()
-    after = with_tables(before, dict(map(_adopt, options.files)))
+    try:
+        if not options.check:
+            for file in options.files:
+                adopt(file)
+            for folder in folders(README.read_text()):
+                record.draw(folder)
+        before = README.read_text()
+        after = with_tables(before)
+        outdated = [path for folder in folders(before) for path in record.outdated(folder)]
+    except report.ReportError as error:
+        Console().print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 2
     if options.check:
-        return int(before != after)
+        return int(before != after or bool(outdated))
     README.write_text(after)
     return 0
 
 
-def with_tables(text: str, files: dict[str, Path], root: Path = ROOT) -> str:
-    """The text with every table written from its file.
+def with_tables(text: str, root: Path | None = None) -> str:
+    """The text with every table written from its source.
 
     Args:
         text: Markdown with the comments described above.
-        files: files that replace the named ones, by kind: "demo" or "benchmarks".
-        root: folder that names of files are relative to.
+        root: folder that names of sources are relative to; default: the repository.
 
     Raises:
         ValueError: if a comment names a table that nobody makes, or there is none.
+        ReportError: if a source cannot be read.
     """
     if not _BLOCK.search(text):
-        raise ValueError("README: expected '<!-- begin NAME: FILE -->' comments, found none")
+        raise ValueError("README: expected '<!-- begin NAME: SOURCE -->' comments, found none")
+
+    base = root or ROOT
 
     def write(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, source = match["name"], match["source"]
         if name not in TABLES:
             raise ValueError(f"README: got a table {name!r}, expected one of {', '.join(TABLES)}")
-        kind, table = TABLES[name]
-        file = files.get(kind, root / match["file"])
-        contents = table(json.loads(file.read_text()))
-        relative = file.resolve().relative_to(root.resolve()).as_posix()
-        return f"<!-- begin {name}: {relative} -->\n{contents}\n<!-- end {name} -->"
+        contents = TABLES[name](base / source, base)
+        return f"<!-- begin {name}: {source} -->\n{contents}\n<!-- end {name} -->"
 
     return _BLOCK.sub(write, text)
 
 
-def bars(found: dict[str, Any]) -> str:
-    """All bars of a run."""
-    return f"{report.markdown(*report.bar_cells(found))}\n\n{_source(found)}"
+def folders(text: str) -> list[Path]:
+    """Folders of results that a text names, each once."""
+    sources = dict.fromkeys(ROOT / match["source"] for match in _BLOCK.finditer(text))
+    return [path for path in sources if path.is_dir()]
 
 
-def suite(name: str) -> Callable[[dict[str, Any]], str]:
-    """The table of one suite."""
+def adopt(file: Path) -> Path:
+    """Make a run the one of record; returns its new place.
 
-    def table(found: dict[str, Any]) -> str:
-        result = found["suites"][name]
-        notes = "\n".join(result["notes"])
-        return f"{result['title']}:\n\n{report.markdown(*report.suite_cells(result))}\n\n{notes}"
+    Raises:
+        ReportError: if the file cannot be read, or is of a run that was cut off or failed.
+    """
+    try:
+        is_demo = "points" in json.loads(file.read_text())
+    except (OSError, ValueError):
+        is_demo = False
+    if not is_demo:
+        return record.adopt(file)
+    for part in (file, file.with_suffix(".png")):
+        if part.resolve().parent != DOCS:
+            shutil.copy(part, DOCS / part.name)
+    return DOCS / file.name
+
+
+def bars(folder: Path, root: Path) -> str:
+    """All bars of a machine."""
+    runs = record.read(folder)
+    if not runs:
+        return NOT_MEASURED
+    table = report.markdown(*report.bar_cells({"suites": record.suites(runs)}))
+    return f"{table}\n\n{_sources(runs)}"
+
+
+def suite(name: str) -> Callable[[Path, Path], str]:
+    """Answers, table and pictures of one suite."""
+
+    def table(folder: Path, root: Path) -> str:
+        result = record.suites(record.read(folder)).get(name)
+        if result is None:
+            return NOT_MEASURED
+        parts = [
+            *(f"- {answer}" for answer in result["answers"]),
+            *([""] if result["answers"] else []),
+            f"{result['title']}:",
+            "",
+            report.markdown(*report.suite_cells(result)),
+            "",
+            *result["notes"],
+        ]
+        for path, plot in record.pictures(folder, {name: result}):
+            parts += ["", f"![{plot['title']}]({path.relative_to(root).as_posix()})"]
+        return "\n".join(parts)
 
     return table
 
 
-def demo(found: dict[str, Any]) -> str:
+def demo(file: Path, root: Path) -> str:
     """The demo's table."""
+    found: dict[str, Any] = json.loads(file.read_text())
     notes = "\n".join(f"- {note}" for note in found["notes"])
     return f"{found['title']}:\n\n{report.markdown(found['columns'], found['rows'])}\n\n{notes}"
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("demo", demo),
-    "bars": ("benchmarks", bars),
-    "CAM set": ("benchmarks", suite("cam")),
-    "head": ("benchmarks", suite("head")),
-    "network": ("benchmarks", suite("network")),
-    "network training": ("benchmarks", suite("network_training")),
+NOT_MEASURED = "Not measured."
+TABLES: dict[str, Callable[[Path, Path], str]] = {
+    "demo": demo,
+    "bars": bars,
+    "CAM set": suite("cam"),
+    "head": suite("head"),
+    "network": suite("network"),
+    "network training": suite("network_training"),
 }
-"""Kind of file and contents of each table, by its name in the comments."""
+"""What makes each table, by its name in the comments; from its source and the root folder."""
 
 
-def _source(found: dict[str, Any]) -> str:
-    facts = found["environment"]
-    return f"{environment.to_text(facts)}, {facts['date'][:10]}."
-
-
-def _adopt(file: Path) -> tuple[str, Path]:
-    """The kind of a file, and where it lies in the repository."""
-    if "points" not in json.loads(file.read_text()):
-        return "benchmarks", file
-    for part in (file, file.with_suffix(".png")):
-        if part.resolve().parent != DOCS:
-            shutil.copy(part, DOCS / part.name)
-    return "demo", DOCS / file.name
+def _sources(runs: Sequence[dict[str, Any]]) -> str:
+    """Where and how the runs of a machine were made."""
+    return "\n".join(
+        f"- `{run['command']}`: {environment.to_text(run['environment'])}, "
+        f"{run['environment']['date'][:10]}."
+        for run in runs
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, record
 from xattn_kernels import cost
 
 TEXT = readme.README.read_text()
@@ -22,7 +22,14 @@ def test_example_runs(number: int) -> None:
 
 
 def test_tables_agree_with_their_files() -> None:
-    assert readme.with_tables(TEXT, {}) == TEXT, "run: python -m benchmarks.readme"
+    assert readme.with_tables(TEXT) == TEXT, "run: python -m benchmarks.readme"
+
+
+def test_pictures_agree_with_their_files() -> None:
+    folders = readme.folders(TEXT)
+    assert folders
+    for folder in folders:
+        assert record.outdated(folder) == [], "run: python -m benchmarks.readme"
 
 
 def test_links_within_the_repository() -> None:
@@ -51,14 +58,14 @@ def test_table_is_replaced_between_its_comments(tmp_path: Path) -> None:
         "notes": ["n"],
         "points": [],
     }
-    (tmp_path / "new.json").write_text(json.dumps(found))
-    before = "head\n<!-- begin demo: old.json -->\nold\n<!-- end demo -->\ntail\n"
-    after = readme.with_tables(before, {"demo": tmp_path / "new.json"}, tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    before = "head\n<!-- begin demo: a.json -->\nold\n<!-- end demo -->\ntail\n"
+    after = readme.with_tables(before, tmp_path)
     assert after == (
-        "head\n<!-- begin demo: new.json -->\nT:\n\n|  | ms |\n| --- | ---: |\n| a | 1 |\n\n- n\n"
+        "head\n<!-- begin demo: a.json -->\nT:\n\n|  | ms |\n| --- | ---: |\n| a | 1 |\n\n- n\n"
         "<!-- end demo -->\ntail\n"
     )
-    assert readme.with_tables(after, {}, tmp_path) == after
+    assert readme.with_tables(after, tmp_path) == after
 
 
 @pytest.mark.parametrize(
@@ -66,4 +73,4 @@ def test_table_is_replaced_between_its_comments(tmp_path: Path) -> None:
 )
 def test_comments_that_name_no_table(text: str) -> None:
     with pytest.raises(ValueError, match="README"):
-        readme.with_tables(text, {})
+        readme.with_tables(text)

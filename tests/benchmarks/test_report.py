@@ -1,16 +1,18 @@
-"""Bars are judged and figures laid out as they should be."""
+"""Bars are judged and figures laid out as they should be; files are read or refused."""
 
 from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from report_support import RESULT, make_run
 from rich.console import Console
 
-from benchmarks import __main__, environment, report
-from benchmarks.core import PRESETS, Bar, Preset, Result
+from benchmarks import environment, report
+from benchmarks.core import Bar, Preset, Result, milliseconds
 from xattn_kernels.testing.measure import Timing
 
 
@@ -26,34 +28,29 @@ def test_slow_calls_are_repeated_less() -> None:
     assert [preset.repetitions_of(s) for s in (0.0, 0.1, 1.0, 60.0)] == [10, 10, 5, 3]
 
 
-def make_report(**results: Result) -> dict[str, Any]:
-    made = report.to_json(environment.collect(), "quick", results, 1.23)
-    again: dict[str, Any] = json.loads(json.dumps(made))
-    assert again == made
-    return again
-
-
-RESULT = Result(
-    "things",
-    ["way", "time", "gain", "never measured"],
-    rows=[
-        {"way": "a", "time": [12.34, 12.0, 13.0], "gain": 1234.5},
-        {"way": "b", "time": [1, 1, 1]},
-    ],
-    bars=[Bar("speed", 2.0, ">=", 1.5, "x"), Bar("compiled", 1.0, ">=", None, "x", "no compiler")],
-    notes=["a [note]"],
-)
-
-
 def test_cells() -> None:
-    made = make_report(things=RESULT)
+    made = make_run(things=RESULT)
     headings, cells = report.suite_cells(made["suites"]["things"])
-    assert headings == ["way", "time", "gain"]
-    assert cells == [["a", "12.3 ±0.5", "1,234"], ["b", "1.00 ±0.00", ""]]
+    assert headings == ["way", "size", "time", "gain"]
+    assert cells == [["a", "big", "12.3 ±0.5", "1,234"], ["b", "", "1.00 ±0.00", ""]]
     assert report.bar_cells(made)[1] == [
         ["speed", "1.5x", ">= 2x", "NOT MET"],
         ["compiled", "no compiler", ">= 1x", "not measured"],
     ]
+
+
+def test_units_stand_apart_from_their_figures() -> None:
+    made = make_run(things=Result("", bars=[Bar("work", 1900.0, "<=", 17.94, " GFLOP")]))
+    assert report.bar_cells(made)[1] == [["work", "17.9 GFLOP", "<= 1,900 GFLOP", "met"]]
+
+
+def test_timings_and_their_spread() -> None:
+    made = make_run(things=RESULT)
+    found = list(report.timings(made["suites"]["things"]))
+    assert found == [("a, big", "time", [12.34, 12.0, 13.0]), ("b", "time", [1, 1, 1])]
+    assert report.spread([10.0, 9.0, 13.0]) == pytest.approx(0.2)
+    assert report.median_spread(made) == pytest.approx(0.5 / 12.34 / 2)
+    assert report.median_spread(make_run(things=Result("empty"))) is None
 
 
 def test_markdown_aligns_numbers_to_the_right() -> None:
@@ -73,48 +70,48 @@ def shown(made: dict[str, Any]) -> str:
 
 
 def test_show() -> None:
-    text = shown(make_report(things=RESULT))
-    for part in ("things", "12.3 ±0.5", "a [note]", "NOT MET", "no compiler", "cores"):
+    text = shown(make_run(things=RESULT))
+    for part in ("things", "12.3 ±0.5", "a [note]", "NOT MET", "no compiler", "cores", "no less"):
         assert part in text
+    assert "warning" not in text
 
 
-def test_failed_check_hides_figures() -> None:
-    made = make_report(things=Result("things", failure="result 0: wrong"))
-    assert "check failed, so nothing is shown: result 0: wrong" in shown(made)
-    assert report.bar_cells(made)[1] == [["things: all bars", "check failed", "", "NOT MET"]]
+def test_failure_hides_figures() -> None:
+    made = make_run(things=Result("things", failure="check failed: result 0: wrong"))
+    assert "nothing is shown: check failed: result 0: wrong" in shown(made)
+    assert report.bar_cells(made)[1] == [["things: all bars", "failed", "", "NOT MET"]]
 
 
-class Wrong:
-    """Stands for a suite whose results are not accepted."""
-
-    @staticmethod
-    def run(preset: Preset, say: object) -> Result:
-        raise AssertionError("output 3: off")
+def test_unfinished_run_says_so() -> None:
+    made = {**make_run(things=RESULT), "unfinished": ["head"]}
+    assert "warning: the run was cut off before head" in shown(made)
 
 
-def test_suite_with_a_failed_check_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(__main__.importlib, "import_module", lambda name: Wrong)
-    console = Console(file=io.StringIO())
-    result = __main__.run_suite("wrong", PRESETS["smoke"], console)
-    assert result.failure == "output 3: off"
-    assert result.rows == [] and result.bars == []
+def test_file_is_read_as_written(tmp_path: Path) -> None:
+    made = make_run(things=RESULT)
+    path = tmp_path / "a.json"
+    path.write_text("of the run before")
+    report.write(path, made)
+    assert report.read(path) == made
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("result", "strict", "status"),
+    ("text", "message"),
     [
-        (Result("", bars=[Bar("", 1.0, ">=", 1.0)]), True, 0),
-        (Result("", bars=[Bar("", 1.0, ">=", 0.5)]), False, 0),
-        (Result("", bars=[Bar("", 1.0, ">=", 0.5)]), True, 1),
-        (Result("", bars=[Bar("", 1.0, ">=", None)]), True, 1),
-        (Result("", failure="wrong"), False, 1),
+        (None, "a.json: cannot be read .No such file"),
+        ("{", "a.json: expected a benchmark's results, got no JSON"),
+        ("[]", "a.json: expected the results of a benchmark, got other JSON"),
+        (json.dumps({"rows": []}), "got other JSON"),
+        (json.dumps({"format": 1, "suites": {}}), "expected results of format 2, got format 1"),
     ],
 )
-def test_exit_status(
-    result: Result, strict: bool, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(__main__, "run_suite", lambda *_: result)
-    assert __main__.main(["--only", "linear", *(["--strict"] if strict else [])]) == status
+def test_unreadable_file_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(report.ReportError, match=message):
+        report.read(path)
 
 
 def test_commit_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +132,4 @@ def test_busy_machine_is_warned_about() -> None:
 
 
 def test_timing_in_milliseconds() -> None:
-    from benchmarks.core import milliseconds
-
     assert milliseconds(Timing((0.001, 0.002, 0.003))) == pytest.approx([2.0, 1.5, 2.5])
