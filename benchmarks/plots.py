@@ -109,6 +109,9 @@ def _lines(axes: Axes, plot: Data) -> None:
     for number, (series, colour) in enumerate(
         zip(plot["series"], _colours(_names(plot)), strict=True)
     ):
+        if _is_bound(series):
+            axes.plot(series["x"], series["y"], ":", color="#444444", label=series["name"])
+            continue
         marker = MARKERS[number % len(MARKERS)]
         label, power = series["name"], exponent(series) if both_log else None
         if power is not None:
@@ -116,6 +119,11 @@ def _lines(axes: Axes, plot: Data) -> None:
         _curve(axes, series, colour, marker, label)
     _ticks_at_values(axes, plot)
     _legend(axes, plot)
+
+
+def _is_bound(series: Data) -> bool:
+    """Whether this is a constant beside the curves, such as the memory there is."""
+    return len(series["x"]) == 2 and series["y"][0] == series["y"][1]
 
 
 def _curve(axes: Axes, series: Data, colour: str, marker: str, label: str) -> None:

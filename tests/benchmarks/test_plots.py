@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,14 @@ def test_bounds_are_lines_and_what_was_reached_points(monkeypatch: pytest.Monkey
     assert bound.get_linestyle() == "-" and bound.get_marker() == "None"
     assert point.get_linestyle() == "None" and list(point.get_xdata()) == [33]
     assert legend(axes) == ["copy and FMA", "fused"]
+
+
+def test_constant_is_a_bound_beside_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = Series("memory there is", [10, 80], [50.0, 50.0])
+    axes = drawn(replace(LINES, series=[*LINES.series, bound]), monkeypatch)
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [line.get_marker() for line in dotted] == ["None"]
+    assert "memory there is" in legend(axes)
 
 
 @pytest.mark.parametrize(
