@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart, but for yellow.
@@ -30,6 +30,8 @@ SOURCE = "Source"
 _OWN_WORDS = ("ours", "fused", "sequential linear", "sequential, linear")
 _SMALL = 8.5
 _LABELLED_TICKS = 9
+#: Span of a logarithmic axis below which powers of ten are too few ticks.
+_NARROW = 50
 
 Data = dict[str, Any]
 
@@ -162,8 +164,12 @@ def _scales(axes: Axes, plot: Data) -> None:
         axes.set_ylim(bottom=0)
         axes.margins(y=0.1)
     axes.grid(alpha=0.3, which="major")
-    for axis, is_log in ((axes.xaxis, plot["x_log"]), (axes.yaxis, plot["y_log"])):
+    for axis, is_log, key in ((axes.xaxis, plot["x_log"], "x"), (axes.yaxis, plot["y_log"], "y")):
         if is_log:
+            values = [value for series in plot["series"] for value in series[key] if value > 0]
+            if values and max(values) < _NARROW * min(values):
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+                axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
             axis.set_minor_formatter(NullFormatter())
 
@@ -297,7 +303,7 @@ def _number(value: Any) -> str:
     """Three digits, and no more zeros than are needed."""
     if not isinstance(value, (int, float)):
         return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
+    if value == 0 or 1e-3 <= abs(value) < 1e8:
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:.2g}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -154,18 +155,15 @@ def _bar_cells(bar: dict[str, Any]) -> list[str]:
 def timings(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float]]]:
     """Name of the case, column, and median and quartiles in ms of every time of a suite.
 
-    A case goes by its first column and all others that hold text.
+    A case goes by the columns before its first measured value: those of text and whole numbers.
     """
-    columns = result["columns"]
     for row in result["rows"]:
-        names = [
-            str(row[name])
-            for name in columns
-            if name in row and (name == columns[0] or isinstance(row[name], str))
-        ]
-        for name in columns:
-            if is_timing(row.get(name)):
-                yield ", ".join(names), name, row[name]
+        cells = [(name, row[name]) for name in result["columns"] if name in row]
+        named = itertools.takewhile(lambda cell: isinstance(cell[1], str | int), cells)
+        case = ", ".join(str(value) for _, value in named)
+        for name, value in cells:
+            if is_timing(value):
+                yield case, name, value
 
 
 def is_timing(value: Any) -> bool:

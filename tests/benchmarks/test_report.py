@@ -53,6 +53,19 @@ def test_timings_and_their_spread() -> None:
     assert report.median_spread(make_run(things=Result("empty"))) is None
 
 
+def test_cases_go_by_text_and_whole_numbers() -> None:
+    result = Result(
+        "",
+        ["varied", "value", "GFLOP", "time", "peak"],
+        [
+            {"varied": "tasks", "value": 2, "GFLOP": 1.5, "time": [1, 1, 1], "peak": "~7"},
+            {"varied": "tasks", "value": 3, "GFLOP": 2.5, "time": "~9"},
+        ],
+    )
+    [(case, column, _)] = report.timings(make_run(things=result)["suites"]["things"])
+    assert (case, column) == ("tasks, 2", "time")
+
+
 def test_markdown_aligns_numbers_to_the_right() -> None:
     assert report.markdown(["a", "b"], [["x", "~1.5"], ["y", ""]]).splitlines() == [
         "| a | b |",
