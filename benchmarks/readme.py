@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import environment, record, report
+from . import gpu_bars as promises
 
 ROOT = environment.ROOT
 README = ROOT / "README.md"
@@ -130,6 +132,14 @@ def bars(folder: Path, root: Path) -> str:
     return f"{table}\n\n{_sources(runs)}"
 
 
+def gpu_bars_table(folder: Path, root: Path) -> str:
+    """All bars of the GPU, measured or not."""
+    runs = record.read(folder)
+    found = promises.measured(record.suites(runs).values())
+    cells = report.bar_cells_of([{**asdict(bar), "met": bar.met} for bar in found])
+    return "\n\n".join([report.markdown(*cells), *([_sources(runs)] if runs else [])])
+
+
 def suite(name: str) -> Callable[[Path, Path], str]:
     """Answers, table and pictures of one suite."""
 
@@ -164,6 +174,7 @@ NOT_MEASURED = "Not measured."
 TABLES: dict[str, Callable[[Path, Path], str]] = {
     "demo": demo,
     "bars": bars,
+    "GPU bars": gpu_bars_table,
     "CAM set": suite("cam"),
     "head": suite("head"),
     "network": suite("network"),

@@ -19,6 +19,7 @@ from . import environment
 from .core import Preset, Result
 
 FORMAT = 2
+BAR_HEADINGS = ["bar", "measured", "target", ""]
 VERDICTS = {True: "met", False: "NOT MET", None: "not measured"}
 
 
@@ -143,7 +144,12 @@ def bar_cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if result["failure"] is not None:
             cells.append([f"{name}: all bars", "failed", "", VERDICTS[False]])
         cells += map(_bar_cells, result["bars"])
-    return ["bar", "measured", "target", ""], cells
+    return BAR_HEADINGS, cells
+
+
+def bar_cells_of(bars: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of some bars."""
+    return BAR_HEADINGS, [_bar_cells(bar) for bar in bars]
 
 
 def _bar_cells(bar: dict[str, Any]) -> list[str]:

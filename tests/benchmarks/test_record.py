@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from report_support import BARS, LINES, RESULT, make_run
 
-from benchmarks import readme, record, report
+from benchmarks import gpu_bars, readme, record, report
 from benchmarks.core import PRESETS, Result
 from benchmarks.suites import SUITES
 
@@ -128,6 +128,25 @@ def test_readme_has_answers_table_bars_and_pictures(tmp_path: Path) -> None:
 
 def test_readme_of_a_machine_without_results(tmp_path: Path) -> None:
     assert readme.with_tables(BLOCKS, tmp_path).count(readme.NOT_MEASURED) == 2
+
+
+GPU_BLOCK = "<!-- begin GPU bars: results/gpu -->\n<!-- end GPU bars -->\n"
+
+
+def test_every_gpu_bar_without_results_is_listed_as_not_measured(tmp_path: Path) -> None:
+    text = readme.with_tables(GPU_BLOCK, tmp_path)
+    assert text.count("| not measured |") == len(gpu_bars.BARS) >= 16
+    assert all(f"| {bar.name} |" in text for bar in gpu_bars.BARS)
+    assert len({bar.name for bar in gpu_bars.BARS}) == len(gpu_bars.BARS)
+
+
+def test_gpu_bars_of_record(tmp_path: Path) -> None:
+    first = replace(gpu_bars.BARS[0], value=12.0)
+    write(tmp_path / "results" / "gpu" / "gpu.json", make_run("gpu", cam=Result("", bars=[first])))
+    text = readme.with_tables(GPU_BLOCK, tmp_path)
+    assert f"| {first.name} | 12x | >= 10x | met |" in text
+    assert text.count("| not measured |") == len(gpu_bars.BARS) - 1
+    assert "- `run <it>`" in text
 
 
 def test_command_writes_text_and_pictures(
