@@ -43,10 +43,12 @@ def png(plot: Data) -> bytes:
         plot: fields of a `core.Plot`.
 
     Raises:
-        ValueError: for a kind of plot that is not known.
+        ValueError: for a kind of plot that is not known, or without data.
     """
     if plot["kind"] not in _KINDS:
         raise ValueError(f"kind: got {plot['kind']!r}, expected one of {', '.join(_KINDS)}")
+    if not any(series["x"] for series in plot["series"]):
+        raise ValueError(f"series: got nothing to draw in {plot['title']!r}")
     draw, size = _KINDS[plot["kind"]]
     figure = Figure(figsize=size(plot), layout="constrained")
     axes = figure.add_subplot()
@@ -210,8 +212,8 @@ def _bars(axes: Axes, plot: Data) -> None:
         single = len(plot["series"]) == 1 and any(map(_is_ours, groups))
         for i, (group, y) in enumerate(zip(series["x"], series["y"], strict=True)):
             if single:
-                colour = OURS if _is_ours(group) else COLOURS[0]
-            at = groups.index(group) + (number - (len(plot["series"]) - 1) / 2) * thickness
+                colour = OURS if _is_ours(str(group)) else COLOURS[0]
+            at = groups.index(str(group)) + (number - (len(plot["series"]) - 1) / 2) * thickness
             hollow = _modelled(series)[i]
             axes.barh(
                 at,
@@ -232,11 +234,11 @@ def _bars(axes: Axes, plot: Data) -> None:
             )
     if plot["y_log"]:
         axes.set_xscale("log")
-        positive = [y for y in lengths if y > 0]
+        positive = [y for y in lengths if y > 0] or [1]
         axes.set_xlim(min(positive) / 2, max(positive) * 2.5)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     else:
-        axes.set_xlim(0, max(lengths, default=1) * 1.16)
+        axes.set_xlim(0, max(lengths) * 1.16)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
@@ -296,7 +298,7 @@ def _roofline(axes: Axes, plot: Data) -> None:
 
 def _groups(plot: Data) -> list[str]:
     """Names of the groups of bars, in order of first appearance."""
-    return list(dict.fromkeys(x for series in plot["series"] for x in series["x"]))
+    return list(dict.fromkeys(str(x) for series in plot["series"] for x in series["x"]))
 
 
 def _number(value: Any) -> str:

@@ -53,6 +53,11 @@ def test_unknown_kind() -> None:
         plots.png({**asdict(LINES), "kind": "pie"})
 
 
+def test_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match="series: got nothing to draw in 'Memory'"):
+        plots.png(asdict(replace(BARS, series=[Series("empty", [], [])])))
+
+
 def test_exponent_is_that_of_the_measured_points() -> None:
     all_pairs, ours = asdict(LINES)["series"]
     assert plots.exponent(all_pairs) == pytest.approx(2.0)
