@@ -141,26 +141,31 @@ def gpu_bars_table(folder: Path, root: Path) -> str:
 
 
 def suite(name: str) -> Callable[[Path, Path], str]:
-    """Answers, table and pictures of one suite."""
+    """The table of one suite."""
 
     def table(folder: Path, root: Path) -> str:
         result = record.suites(record.read(folder)).get(name)
         if result is None:
             return NOT_MEASURED
-        parts = [
-            *(f"- {answer}" for answer in result["answers"]),
-            *([""] if result["answers"] else []),
-            f"{result['title']}:",
-            "",
-            report.markdown(*report.suite_cells(result)),
-            "",
-            *result["notes"],
-        ]
-        for path, plot in record.pictures(folder, {name: result}):
-            parts += ["", f"![{plot['title']}]({path.relative_to(root).as_posix()})"]
-        return "\n".join(parts)
+        notes = "\n".join(result["notes"])
+        return f"{result['title']}:\n\n{report.markdown(*report.suite_cells(result))}\n\n{notes}"
 
     return table
+
+
+def answers(name: str) -> Callable[[Path, Path], str]:
+    """What one suite found, in sentences and pictures."""
+
+    def found(folder: Path, root: Path) -> str:
+        result = record.suites(record.read(folder)).get(name)
+        if result is None:
+            return NOT_MEASURED
+        lines = [f"- {answer}" for answer in result["answers"]]
+        for path, plot in record.pictures(folder, {name: result}):
+            lines += ["", f"![{plot['title']}]({path.relative_to(root).as_posix()})"]
+        return "\n".join(lines)
+
+    return found
 
 
 def demo(file: Path, root: Path) -> str:
@@ -175,9 +180,17 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "demo": demo,
     "bars": bars,
     "GPU bars": gpu_bars_table,
+    "complexity": suite("complexity"),
+    "scaling": answers("scaling"),
+    "alternatives": suite("alternatives"),
+    "alternatives in short": answers("alternatives"),
+    "limits": suite("limits"),
+    "limits in short": answers("limits"),
     "CAM set": suite("cam"),
+    "CAM set in short": answers("cam"),
     "head": suite("head"),
     "network": suite("network"),
+    "network in short": answers("network"),
     "network training": suite("network_training"),
 }
 """What makes each table, by its name in the comments; from its source and the root folder."""

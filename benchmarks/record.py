@@ -15,6 +15,8 @@ from .suites import SUITES
 RESULTS = Path(__file__).parent / "results"
 THOROUGHNESS = ("smoke", "quick", "network", "scaling", "gpu", "full")
 """Presets, those whose figures are preferred last."""
+PICTURES = {"scaling": 2, "alternatives": 1, "limits": 1, "cam": 1, "network": 1}
+"""How many of the first plots of a suite are kept as pictures, for the README."""
 
 Run = dict[str, Any]
 
@@ -72,9 +74,9 @@ def suites(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def pictures(
     folder: Path, results: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """File and data of every plot of some suites."""
+    """File and data of the plots of some suites that are kept as pictures."""
     for name, result in results.items():
-        for number, plot in enumerate(result["plots"], 1):
+        for number, plot in enumerate(result["plots"][: PICTURES.get(name, 0)], 1):
             yield folder / f"{name}-{number}.png", plot
 
 
