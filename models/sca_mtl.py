@@ -58,6 +58,8 @@ class SCAMTL(CacheOwner):
             supervision alone, and their initial features are what is propagated. Default: `tasks`.
         kind: "linear" or "softmax" cross-attention, see `xattn_kernels.modules.CrossAttention`.
         heads: heads of kind "softmax"; divides the widths C_s.
+        recompute: whether cross-attentions keep less for the backward pass and compute it again,
+            see `xattn_kernels.modules.CrossAttention`.
         task_softmax: see `FeaturePropagation`.
 
     Attributes:
@@ -80,6 +82,7 @@ class SCAMTL(CacheOwner):
         *,
         kind: str = "linear",
         heads: int = 1,
+        recompute: bool | str = "auto",
         task_softmax: bool = False,
     ) -> None:
         check_names("tasks", tasks)
@@ -101,9 +104,9 @@ class SCAMTL(CacheOwner):
         base = widths(backbone)
         self.channels = tuple(2 * width for width in base)
 
+        options: dict[str, Any] = {"kind": kind, "heads": heads, "recompute": recompute}
         distillations = [  # first, for they check the arguments
-            CrossTaskAttention(tasks, width, auxiliary_tasks, kind=kind, heads=heads)
-            for width in self.channels
+            CrossTaskAttention(tasks, width, auxiliary_tasks, **options) for width in self.channels
         ]
         self.backbone = backbone
         for s, width in enumerate(base):
@@ -119,10 +122,7 @@ class SCAMTL(CacheOwner):
         for s, distillation in enumerate(distillations):
             self.add_module(f"distillation_scale_{s}", distillation)
         self.heads = nn.ModuleDict(
-            {
-                task: CrossScaleHead(self.channels, num_outputs[task], kind=kind, heads=heads)
-                for task in tasks
-            }
+            {task: CrossScaleHead(self.channels, num_outputs[task], **options) for task in tasks}
         )
 
     def forward(self, image: Tensor) -> Output:
@@ -177,6 +177,7 @@ def sca_mtl(
     kind: str = "linear",
     *,
     heads: int = 1,
+    recompute: bool | str = "auto",
     task_softmax: bool = False,
     backbone_arguments: Mapping[str, Any] | None = None,
 ) -> SCAMTL:
@@ -194,6 +195,7 @@ def sca_mtl(
         auxiliary_tasks: see `SCAMTL`.
         kind: see `SCAMTL`.
         heads: see `SCAMTL`.
+        recompute: see `SCAMTL`.
         task_softmax: see `FeaturePropagation`.
         backbone_arguments: further arguments for `timm.create_model`.
 
@@ -219,6 +221,7 @@ def sca_mtl(
         auxiliary_tasks,
         kind=kind,
         heads=heads,
+        recompute=recompute,
         task_softmax=task_softmax,
     )
     model.settings = {
@@ -228,6 +231,7 @@ def sca_mtl(
         "auxiliary_tasks": None if auxiliary_tasks is None else list(auxiliary_tasks),
         "kind": kind,
         "heads": heads,
+        "recompute": recompute,
         "task_softmax": task_softmax,
         "backbone_arguments": None if backbone_arguments is None else dict(backbone_arguments),
     }

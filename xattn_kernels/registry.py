@@ -293,16 +293,24 @@ def select(problem: Problem) -> str:
             reasons.
     """
     requested = current_backend()
-    if torch.compiler.is_compiling():
-        engine, reasons = _choice_as_constant(requested, *problem)
-    else:
-        engine, reasons = _explain(problem, requested).engine, None
+    engine, reasons = _choose(problem, requested)
     if engine is None:
         asked = "no engine" if requested == "auto" else f"backend {requested!r}"
         raise RuntimeError(
             f"{asked} cannot run this problem\n{reasons or _explain(problem, requested)}"
         )
     return engine
+
+
+def find(problem: Problem) -> str | None:
+    """Return the engine that :func:`select` would, None where that raises."""
+    return _choose(problem, current_backend())[0]
+
+
+def _choose(problem: Problem, requested: str) -> tuple[str | None, str | None]:
+    if torch.compiler.is_compiling():
+        return _choice_as_constant(requested, *problem)
+    return _explain(problem, requested).engine, None
 
 
 def _choice_as_constant(requested: str, *problem: Any) -> tuple[str | None, str]:

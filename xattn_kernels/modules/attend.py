@@ -1,26 +1,31 @@
 """The cross-attentions of a set of edges, all at once.
 
 The one place where the modules decide how they compute: folded (inference: batch norms in the
-weights, one `cross_attention_block`) or packed (anything that needs a gradient or batch statistics:
-the projections of each cell together, then one call of the attention core on all edges).
+weights, one `cross_attention_block`), recomputed (one `cross_attention_block_training`, which keeps
+no projection for the backward pass), packed (the projections of each cell together, then one call
+of the attention core on all edges), or layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from xattn_kernels import functional
-from xattn_kernels.distributed import rows_of
+from xattn_kernels.distributed import Reduction, rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import DerivedCache
+from xattn_kernels.modules.checks import without_autocast
 from xattn_kernels.modules.layers import Projection, ProjectionSet, is_stock
 from xattn_kernels.modules.normalisation import fold
 from xattn_kernels.modules.projection import Layers, as_image, project_cell
-from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.registry import current_backend
+from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
+from xattn_kernels.registry import Problem, current_backend, find
 from xattn_kernels.schedule import Schedule
 
 
@@ -70,42 +75,150 @@ class Wiring:
             object.__setattr__(self, name, value)
 
 
-def can_pack(blocks: Sequence[ProjectionSet], features: Sequence[Tensor]) -> bool:
-    """Whether `attend` computes what calling the blocks one by one would.
+Way = Literal["folded", "recomputed", "packed", "layers"]
 
-    False with hooks or replaced layers, with batch norms of which some are frozen, for empty
-    features, and where batches or maps span processes: then the blocks have to be called.
+STORING_ENGINES = (None, "reference")
+"""Engines by which recomputing is no faster than storing: none, or that in plain PyTorch."""
+
+
+def choose_way(
+    blocks: Sequence[ProjectionSet],
+    features: Sequence[Tensor],
+    kind: str,
+    recompute: bool | str,
+    inference: bool,
+) -> Way:
+    """How `attend` is to compute the cross-attentions of `blocks` between `features`.
+
+    - "layers": every layer is called. Where some have hooks or were replaced, where some batch
+      norms are frozen and others are not, for empty features; where batches or maps span processes
+      and nothing is recomputed; and for batch statistics of fewer (sample, token) than channels.
+      The moments of so few tokens determine no inverse of their covariance, and gradients that
+      follow from them lose digits that layers called one by one keep.
+    - "folded": in inference, for kind "linear".
+    - "recomputed": if asked for by `recompute`, or "auto" finds it cheaper, for kind "linear".
+    - "packed" otherwise.
+
+    Args:
+        blocks: what projects.
+        features: one (B, C, H, W) a slot, cast for autocast.
+        kind: "linear" or "softmax".
+        recompute: "auto", True or False.
+        inference: whether the weights may be folded: `is_inference`, of the blocks and all that
+            follows from it.
     """
-    if not is_stock(*blocks) or any(x.numel() == 0 for x in features):
-        return False
-    if rows_of(blocks[0]) is not None:
-        return False
+    if not is_stock(*blocks, synchronised=True) or any(x.numel() == 0 for x in features):
+        return "layers"
     projections = [p for block in blocks for p in block.projections()]
-    if any(p.conv.bias is not None for p in projections):
+    norms = [p.bn for p in projections]
+    if any(p.conv.bias is not None for p in projections) or not normalisation.agree(norms):
+        return "layers"
+    reduction = normalisation.reduction(norms[0], rows_of(blocks[0]))
+    if inference and kind == "linear" and reduction.is_local:
+        return "folded"
+    recomputed = kind == "linear" and (
+        is_recomputing_cheaper(features) if recompute == "auto" else bool(recompute)
+    )
+    if not reduction.is_local and not recomputed:
+        return "layers"
+    if normalisation.uses_batch(norms[0]):
+        # A single token, too: torch's layers know best what to say.
+        least = max(features[0].shape[1], 2)
+        if any(count < least for count in reduction.counts(features)):
+            return "layers"
+    return "recomputed" if recomputed else "packed"
+
+
+def is_recomputing_cheaper(features: Sequence[Tensor]) -> bool:
+    """What `recompute="auto"` stands for: whether an engine with kernels for it is in force."""
+    x = features[0]
+    if is_transformed():
         return False
-    return normalisation.agree([p.bn for p in projections])
+    channels = index(x.shape[1])
+    problem = Problem("cross_attention_block_training", x.dtype, x.device.type, channels, channels)
+    return find(problem) not in STORING_ENGINES
 
 
 def attend(
+    way: Way,
     blocks: Sequence[ProjectionSet],
     wiring: Wiring,
     features: Sequence[Tensor],
     kind: str,
     heads: int,
 ) -> list[Tensor]:
-    """One output (B, C, H, W) per edge, in the size of its target and channels-last order.
+    """One output (B, C, H, W) per edge, in the size of its target.
 
     Differentiable; updates the running statistics of batch norms that train, edge by edge in
-    their order, as calling the blocks one by one does. Needs `can_pack`.
+    their order, as calling the blocks one by one does.
+
+    Args:
+        way: what `choose_way` says, here "layers", "recomputed" or "packed".
+        blocks: the blocks of `wiring`; called for "layers".
+        wiring: the edges.
+        features: one (B, C, H, W) a slot, cast for autocast.
+        kind: "linear" or "softmax".
+        heads: heads of kind "softmax".
 
     Raises:
         ValueError: if batch statistics of a single token are asked for.
     """
+    if way == "layers":
+        return [blocks[b](features[target], features[a]) for target, a, b in wiring.edges]
+    with without_autocast(features[0]):
+        if way == "packed":
+            return _attend_packed(blocks, wiring, features, kind, heads)
+        reduction = normalisation.reduction(blocks[0].projections()[0].bn, rows_of(blocks[0]))
+        if reduction.is_local:
+            return _attend_recomputed(blocks, wiring, features, reduction)
+        # Collectives are not for compilers.
+        run = torch.compiler.disable(_attend_recomputed)
+        outputs: list[Tensor] = run(blocks, wiring, features, reduction)
+        return outputs
+
+
+def _attend_recomputed(
+    blocks: Sequence[ProjectionSet],
+    wiring: Wiring,
+    features: Sequence[Tensor],
+    reduction: Reduction,
+) -> list[Tensor]:
+    projections = [p for block in blocks for p in block.projections()]
+    norms = [p.bn for p in projections]
+    batch = normalisation.uses_batch(norms[0])
+    running_mean = [bn.running_mean for bn in norms if bn.running_mean is not None]
+    running_var = [bn.running_var for bn in norms if bn.running_var is not None]
+    outputs, statistics = functional.cross_attention_block_training(
+        features,
+        [p.conv.weight for p in projections],
+        [bn.weight for bn in norms],
+        [bn.bias for bn in norms],
+        wiring.block_schedule,
+        running_mean=None if batch else running_mean,
+        running_var=None if batch else running_var,
+        bn_eps=norms[0].eps,
+        reduction=reduction,
+    )
+    if batch:
+        unbiased = statistics.counts / (statistics.counts - 1)
+        rows = {
+            (slot, b, p): (mean, var * unbiased[slot])
+            for (slot, b, p), mean, var in zip(*statistics[:3], strict=True)
+        }
+        _update(blocks, wiring, rows)
+    return outputs
+
+
+def _attend_packed(
+    blocks: Sequence[ProjectionSet],
+    wiring: Wiring,
+    features: Sequence[Tensor],
+    kind: str,
+    heads: int,
+) -> list[Tensor]:
+    """All projections of each cell together, then the attention core, in channels-last order."""
     projections = [block.projections() for block in blocks]
     batch = normalisation.uses_batch(projections[0][0].bn)
-    if batch:
-        for x in features:
-            normalisation.check_size(x)
     queries, keys, values = [], [], []
     statistics: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for slot, x in enumerate(features):
@@ -127,9 +240,8 @@ def attend(
             unbiased = var * (tokens / (tokens - 1)) if batch else var
             for (b, p), row in zip(layer, zip(mean, unbiased, strict=True), strict=True):
                 statistics[slot, b, p] = row
-    for target, source, b in wiring.edges if batch else ():
-        for slot, p in ((target, 0), (target, 1), (source, 2), (source, 3), (source, 4)):
-            normalisation.update(projections[b][p].bn, *statistics[slot, b, p])
+    if batch:
+        _update(blocks, wiring, statistics)
     if kind == "linear":
         attended = functional.linear_cross_attention(queries, keys, values, wiring.core_schedule)
     else:
@@ -142,6 +254,18 @@ def attend(
     ]
 
 
+def _update(
+    blocks: Sequence[ProjectionSet],
+    wiring: Wiring,
+    statistics: Mapping[tuple[int, int, int], tuple[Tensor, Tensor]],
+) -> None:
+    """Update running statistics from means and unbiased variances of (slot, block, projection)."""
+    projections = [block.projections() for block in blocks]
+    for target, source, b in wiring.edges:
+        for slot, p in ((target, 0), (target, 1), (source, 2), (source, 3), (source, 4)):
+            normalisation.update(projections[b][p].bn, *statistics[slot, b, p])
+
+
 def attend_folded(
     blocks: Sequence[ProjectionSet],
     wiring: Wiring,
@@ -150,9 +274,9 @@ def attend_folded(
     name: str,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """As `attend` of kind "linear" in inference, into `out` if given.
+    """As `attend` where `choose_way` says "folded"; into `out` if given.
 
-    Needs `can_pack` and `is_inference`. Folded weights are kept in `cache` under `name`.
+    Folded weights are kept in `cache` under `name`.
     """
     projections = [p for block in blocks for p in block.projections()]
     dtype = features[0].dtype

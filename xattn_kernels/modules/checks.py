@@ -33,6 +33,14 @@ def check_kind(kind: str, heads: int, widths: Sequence[int]) -> None:
             raise ValueError(f"heads: got {heads}, expected a divisor of the {width} channels")
 
 
+def check_recompute(recompute: bool | str, kind: str) -> None:
+    """Raises ValueError for an unknown value, and for recomputing the kind that stores."""
+    if recompute not in ("auto", True, False):
+        raise ValueError(f"recompute: got {recompute!r}, expected 'auto', True or False")
+    if recompute is True and kind != "linear":
+        raise ValueError(f"recompute: got True, expected 'auto' or False for kind {kind!r}")
+
+
 def check_names(name: str, names: Sequence[str]) -> None:
     """Raises ValueError for duplicates and for names that no module can have."""
     if isinstance(names, str):

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from xattn_kernels import functional
 from xattn_kernels.distributed import check_rows, rows_of
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
     check_features,
     check_kind,
+    check_recompute,
     check_width,
     in_format_of,
     without_autocast,
@@ -45,18 +46,31 @@ class CrossAttention(CacheOwner, ProjectionSet):
         channels: width C of target, source and output.
         kind: "linear" or "softmax".
         heads: heads of kind "softmax"; divides C.
+        recompute: whether training with kind "linear" computes the projections again in the
+            backward pass, by `xattn_kernels.cross_attention_block_training`, rather than keep
+            three maps of the size of its features: less memory, and with kernels for it less time.
+            "auto": where there are kernels for it.
 
     Raises:
         ValueError: for other values of these.
     """
 
-    def __init__(self, channels: int, *, kind: str = "linear", heads: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kind: str = "linear",
+        heads: int = 1,
+        recompute: bool | str = "auto",
+    ) -> None:
         check_width("channels", channels)
         check_kind(kind, heads, [channels])
+        check_recompute(recompute, kind)
         super().__init__(channels)
         self.channels = channels
         self.kind = kind
         self.heads = heads
+        self.recompute = recompute
         self._cache = DerivedCache()
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
@@ -80,13 +94,15 @@ class CrossAttention(CacheOwner, ProjectionSet):
         )
         check_rows([target, source], rows_of(self))
         features = [cast_for_autocast(target), cast_for_autocast(source)]
-        if not can_pack([self], features):
-            return in_format_of(self._call_layers(*features), target)
-        with without_autocast(target):
-            if self.kind == "linear" and is_inference([self], features):
+        inference = is_inference([self], features)
+        way = choose_way([self], features, self.kind, self.recompute, inference)
+        if way == "layers":
+            output = self._call_layers(*features)
+        elif way == "folded":
+            with without_autocast(target):
                 [output] = attend_folded([self], _ONE_EDGE, features, self._cache, "block")
-            else:
-                [output] = attend([self], _ONE_EDGE, features, self.kind, self.heads)
+        else:
+            [output] = attend(way, [self], _ONE_EDGE, features, self.kind, self.heads)
         return in_format_of(output, target)
 
     def _call_layers(self, target: Tensor, source: Tensor) -> Tensor:
@@ -107,7 +123,9 @@ class CrossAttention(CacheOwner, ProjectionSet):
         return output
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, kind={self.kind!r}, heads={self.heads}"
+        return (
+            f"{self.channels}, kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"
+        )
 
 
 def _plain_gradient(x: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from xattn_kernels import functional
 from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
     check_features,
     check_kind,
+    check_recompute,
     check_width,
     in_format_of,
     without_autocast,
@@ -30,17 +31,20 @@ from xattn_kernels.ops.features import ACCUMULATORS
 class _Scales(CacheOwner):
     """Adapters and blocks of cross-scale attention, under the names of the reference."""
 
-    def _add_scales(self, channels: Sequence[int], kind: str, heads: int) -> None:
+    def _add_scales(
+        self, channels: Sequence[int], kind: str, heads: int, recompute: bool | str
+    ) -> None:
         self.channels = tuple(channels)
         self.kind = kind
         self.heads = heads
+        self.recompute = recompute
         self._cache = DerivedCache()
         self._wirings = [
             Wiring(tuple((0, 1 + i, 0) for i in range(count)), 1 + count)
             for count in reversed(range(1, len(channels)))
         ]
         for target in reversed(range(len(channels) - 1)):
-            block = CrossAttention(channels[target], kind=kind, heads=heads)
+            block = CrossAttention(channels[target], kind=kind, heads=heads, recompute=recompute)
             self.add_module(f"cross_scale_attention{target}", block)
             for source in range(target + 1, len(channels)):
                 adapter = nn.Sequential(
@@ -87,13 +91,12 @@ class _Scales(CacheOwner):
         else:
             adapted = [call_sequence(a, x) for a, x in zip(adapters, sources, strict=True)]
         cells = [target, *adapted]
-        if not can_pack([block], cells):
-            return [block(target, x) for x in adapted]
+        way = choose_way([block], cells, self.kind, self.recompute, inference)
         wiring = self._wirings[t]
-        with without_autocast(target):
-            if inference and self.kind == "linear":
+        if way == "folded":
+            with without_autocast(target):
                 return attend_folded([block], wiring, cells, self._cache, f"block{t}")
-            return attend([block], wiring, cells, self.kind, self.heads)
+        return attend(way, [block], wiring, cells, self.kind, self.heads)
 
     def _adapt_folded(self, name: str, adapter: nn.Module, x: Tensor) -> Tensor:
         """An adapter in inference, its batch norm folded."""
@@ -108,7 +111,8 @@ class _Scales(CacheOwner):
         return F.conv2d(x, *self._cache.get(name, sources, (x.dtype, norm.eps), make))
 
     def extra_repr(self) -> str:
-        return f"{list(self.channels)}, kind={self.kind!r}, heads={self.heads}"
+        options = f"kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"
+        return f"{list(self.channels)}, {options}"
 
 
 class CrossScaleAttention(_Scales):
@@ -130,15 +134,24 @@ class CrossScaleAttention(_Scales):
         channels: widths C_s, finest scale first; at least two.
         kind: "linear" or "softmax", see `CrossAttention`.
         heads: heads of kind "softmax"; divides all widths but the last.
+        recompute: "auto", True or False, see `CrossAttention`.
 
     Raises:
         ValueError: for fewer than two scales, or other values of these.
     """
 
-    def __init__(self, channels: Sequence[int], *, kind: str = "linear", heads: int = 1) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        kind: str = "linear",
+        heads: int = 1,
+        recompute: bool | str = "auto",
+    ) -> None:
         _check_channels(channels, kind, heads)
+        check_recompute(recompute, kind)
         super().__init__()
-        self._add_scales(channels, kind, heads)
+        self._add_scales(channels, kind, heads, recompute)
 
     def forward(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Attend.
@@ -181,15 +194,23 @@ class CrossScaleHead(_Scales):
         num_outputs: channels of the output.
         kind: "linear" or "softmax", see `CrossAttention`.
         heads: heads of kind "softmax"; divides all widths but the last.
+        recompute: "auto", True or False, see `CrossAttention`.
 
     Raises:
         ValueError: for fewer than two scales, or other values of these.
     """
 
     def __init__(
-        self, channels: Sequence[int], num_outputs: int, *, kind: str = "linear", heads: int = 1
+        self,
+        channels: Sequence[int],
+        num_outputs: int,
+        *,
+        kind: str = "linear",
+        heads: int = 1,
+        recompute: bool | str = "auto",
     ) -> None:
         _check_channels(channels, kind, heads)
+        check_recompute(recompute, kind)
         check_width("num_outputs", num_outputs)
         super().__init__()
         coarser = range(len(channels) - 1, 0, -1)
@@ -202,7 +223,7 @@ class CrossScaleHead(_Scales):
             nn.ReLU(),
             nn.Conv2d(width, num_outputs, 1),
         )
-        self._add_scales(channels, kind, heads)
+        self._add_scales(channels, kind, heads, recompute)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Attend and aggregate.

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from xattn_kernels.distributed import check_rows, rows_of
-from xattn_kernels.modules.attend import Wiring, attend, attend_folded, can_pack
+from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
     cast_for_autocast,
     check_features,
     check_kind,
     check_names,
+    check_recompute,
     check_width,
     in_format_of,
     without_autocast,
@@ -47,10 +48,11 @@ class CrossTaskAttention(CacheOwner):
             Contains the target tasks. Default: `tasks`.
         kind: "linear" or "softmax", see `CrossAttention`.
         heads: heads of kind "softmax"; divides C.
+        recompute: "auto", True or False, see `CrossAttention`.
 
     Raises:
         ValueError: for duplicate names, a target that is no source, fewer than two sources, or
-            other values of `channels`, `kind` and `heads`.
+            other values of `channels`, `kind`, `heads` and `recompute`.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class CrossTaskAttention(CacheOwner):
         *,
         kind: str = "linear",
         heads: int = 1,
+        recompute: bool | str = "auto",
     ) -> None:
         check_names("tasks", tasks)
         check_width("channels", channels)
         check_kind(kind, heads, [channels])
+        check_recompute(recompute, kind)
         sources = list(tasks if auxiliary_tasks is None else auxiliary_tasks)
         if auxiliary_tasks is not None:
             check_names("auxiliary_tasks", auxiliary_tasks)
@@ -85,6 +89,7 @@ class CrossTaskAttention(CacheOwner):
         self.channels = channels
         self.kind = kind
         self.heads = heads
+        self.recompute = recompute
         others = {task: [a for a in sources if a != task] for task in self.tasks}
         self.dimensionality_reduction = BasicBlock(
             2 * (len(sources) - 1) * channels, channels, momentum=0.01
@@ -92,7 +97,10 @@ class CrossTaskAttention(CacheOwner):
         self.cross_attention = nn.ModuleDict(
             {
                 task: nn.ModuleDict(
-                    {a: CrossAttention(channels, kind=kind, heads=heads) for a in row}
+                    {
+                        a: CrossAttention(channels, kind=kind, heads=heads, recompute=recompute)
+                        for a in row
+                    }
                 )
                 for task, row in others.items()
             }
@@ -138,19 +146,15 @@ class CrossTaskAttention(CacheOwner):
         targets = [cast[self.auxiliary_tasks.index(task)] for task in self.tasks]
         others = len(sources) - 1
         blocks, block = self._blocks(), self.dimensionality_reduction
-        packable = can_pack(blocks, cast)
-        folded = packable and self.kind == "linear" and is_stock(block)
-        if folded and is_inference([self], cast):
+        inference = is_stock(block) and is_inference([self], cast)
+        way = choose_way(blocks, cast, self.kind, self.recompute, inference)
+        if way == "folded":
             with without_autocast(sources[0]):
                 buffers = Buffers(targets, others)
                 attend_folded(blocks, self._wiring, cast, self._cache, "blocks", buffers.outputs)
                 fused = buffers.fuse(block)
         else:
-            if packable:
-                with without_autocast(sources[0]):
-                    attended = attend(blocks, self._wiring, cast, self.kind, self.heads)
-            else:
-                attended = [blocks[b](cast[t], cast[a]) for t, a, b in self._wiring.edges]
+            attended = attend(way, blocks, self._wiring, cast, self.kind, self.heads)
             rows = [attended[i : i + others] for i in range(0, len(attended), others)]
             fused = fuse(block, [[x, *row] for x, row in zip(targets, rows, strict=True)])
         return {
@@ -164,4 +168,4 @@ class CrossTaskAttention(CacheOwner):
         return [block for block in modules if isinstance(block, CrossAttention)]
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, heads={self.heads}"
+        return f"kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"

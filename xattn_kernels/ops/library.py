@@ -76,27 +76,33 @@ def place_gradients(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list
     return [next(remaining) if want else None for want in wanted]
 
 
-def once(name: str, gradients: list[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def once(
+    name: str,
+    gradients: list[Tensor],
+    inputs: Sequence[Tensor | None],
+    instead: str = 'with backend("reference") it can',
+) -> list[Tensor]:
     """Return gradients that can be used freely but not be differentiated again.
 
-    Only needed under ``create_graph=True``; differentiating them raises NotImplementedError.
+    Only needed under ``create_graph=True``; differentiating them raises NotImplementedError, which
+    says what can be done ``instead``.
     """
     if not torch.is_grad_enabled():
         return gradients
-    return list(_once(name, len(gradients), *gradients, *inputs))
+    return list(_once((name, instead), len(gradients), *gradients, *inputs))
 
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
+    def forward(ctx: Any, names: tuple[str, str], count: int, *tensors: Tensor) -> Any:
+        ctx.names = names
         return tuple(x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
+        name, instead = ctx.names
         raise NotImplementedError(
-            f"{ctx.name} cannot be differentiated twice: its kernels have no double backward; "
-            'with backend("reference") it can'
+            f"{name} cannot be differentiated twice: it has no double backward; {instead}"
         )
 
 

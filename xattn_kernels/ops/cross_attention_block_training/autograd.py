@@ -114,6 +114,7 @@ class _Kept(NamedTuple):
 
 
 _KEPT = len(_Kept._fields)
+_INSTEAD = "convolutions, batch norms and linear_cross_attention called one by one can"
 
 
 def call(
@@ -174,7 +175,7 @@ class _Function(torch.autograd.Function):
             gradients = _backward(ctx.settings, tensors, kept, grad_outputs, wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = [x for x in gradients if x is not None]
-            found = library.once(op.OP, found, (*tensors, *grad_outputs))
+            found = library.once(op.OP, found, (*tensors, *grad_outputs), _INSTEAD)
             gradients = library.place_gradients(found, [x is not None for x in gradients])
         return (None, *gradients)
 
