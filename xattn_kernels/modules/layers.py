@@ -106,9 +106,10 @@ class BasicBlock(CacheOwner):
             check_rows([x], rows)
             return self.over_processes([x])[0]
         traced = torch.compiler.is_compiling() or is_transformed()
-        if not traced and not is_stock(self) and is_stock(self, synchronised=True):
+        stock = not traced and is_stock(self)
+        if not (traced or stock) and is_stock(self, synchronised=True):
             return self.over_processes([x])[0]
-        if not traced and is_stock(self) and normalisation.is_inference([self], [x]):
+        if stock and normalisation.is_inference([self], [x]):
             x = cast_for_autocast(x).contiguous(memory_format=torch.channels_last)
             with without_autocast(x):
                 return self.cached("block", x.dtype)(x)
@@ -144,7 +145,7 @@ class BasicBlock(CacheOwner):
             weight = change(convolution.weight)
             shortcuts = [F.conv2d(x, weight, convolution.bias) for x in inputs]
             shortcuts = normalise(norm, shortcuts, rows)
-        return [F.relu(x + y, inplace=True) for x, y in zip(outputs, shortcuts, strict=True)]
+        return [F.relu(x.add_(y), inplace=True) for x, y in zip(outputs, shortcuts, strict=True)]
 
     def cached(
         self,
