@@ -117,4 +117,37 @@ struct PyramidGradients {
   Span<void* const> weights;  // (hidden, channels) contiguous; null: not wanted
 };
 
+// Members in groups: the group of each member, and the members of group i from begin[i] to begin[i + 1].
+struct Groups {
+  Span<const int64_t> group, members, begin;
+  int64_t size() const { return group.size; }
+  int64_t of(int64_t i) const { return begin[i + 1] - begin[i]; }
+};
+
+// One pass of the cross-attention block in training over pairs of a slot and a set of weights; the passes
+// and their equations are those of xattn_kernels/ops/cross_attention_block_training/reference.py, which
+// also has the shapes. Features, maps and gradients of features have any strides, everything else is contiguous;
+// gradients of features are in the compute type as well. What a pass does not take is null.
+struct TrainingProblem {
+  Dtype dtype;
+  int64_t batch, channels;
+  double eps;
+  Span<const View> features;
+  const void* center;
+  Groups pairs;  // by slot
+  const void *first, *first_bias, *second, *affine;
+  Groups outputs;                 // by pair; empty on the side of sources
+  const void *state_s, *state_z;  // of outputs; or their gradients, of pairs
+  Span<const View> maps;          // outputs, or their gradients
+  const void* coefficients;
+  Span<const View> grad_features;  // data null: not wanted
+};
+
+// What a pass gives, null where it does not.
+struct TrainingResults {
+  void *mean, *deviations;
+  void *state_s, *state_z;  // or their gradients
+  void *sums, *second, *first, *bias;
+};
+
 }  // namespace xattn

@@ -58,4 +58,17 @@ EdgeList EdgeIndex::list() const {
           span(query_begin_), span(by_source_),    span(source_begin_)};
 }
 
+GroupIndex::GroupIndex(const std::vector<int64_t>& group, size_t groups)
+    : group_(group), members_(group.size()), begin_(groups + 1, 0) {
+  for (int64_t i : group) ++begin_[static_cast<size_t>(i) + 1];
+  std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
+  std::iota(members_.begin(), members_.end(), 0);
+  std::stable_sort(members_.begin(), members_.end(),
+                   [&](int64_t a, int64_t b) { return group[static_cast<size_t>(a)] < group[static_cast<size_t>(b)]; });
+}
+
+GroupIndex::~GroupIndex() = default;
+
+Groups GroupIndex::groups() const { return {span(group_), span(members_), span(begin_)}; }
+
 }  // namespace xattn

@@ -23,4 +23,15 @@ class EdgeIndex {
   std::vector<int64_t> output_begin_, by_query_, query_begin_, by_source_, source_begin_;
 };
 
+// Members in order of their groups.
+class GroupIndex {
+ public:
+  GroupIndex(const std::vector<int64_t>& group, size_t groups);
+  ~GroupIndex();
+  Groups groups() const;
+
+ private:
+  std::vector<int64_t> group_, members_, begin_;
+};
+
 }  // namespace xattn

@@ -62,11 +62,13 @@ inline Vec<double> exp2_weight(Vec<double> x) {
 
 inline Vec<float> negative_magnitude(Vec<float> x) { return (Vec<float>)((IntVec)x | INT32_MIN); }
 
+// log1p(t) / t for t in [0, 1].
+constexpr float kLog1p[] = {0.9999999699f,  -0.4999949312f, 0.3331909636f,   -0.2484297921f, 0.1910599684f,
+                            -0.1366322785f, 0.07822577122f, -0.02950514385f, 0.005232674001f};
+
 // softplus(x) = max(x, 0) + log1p(exp(-|x|)). PyTorch returns x above 20; in float that is the same
 // number.
 inline Vec<float> softplus(Vec<float> x) {
-  constexpr float kLog1p[] = {0.9999999699f,  -0.4999949312f, 0.3331909636f,   -0.2484297921f, 0.1910599684f,
-                              -0.1366322785f, 0.07822577122f, -0.02950514385f, 0.005232674001f};
   Vec<float> t = exp_negative(negative_magnitude(x));
   return at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
 }
@@ -100,6 +102,17 @@ inline Vec<double> softplus_derivative(Vec<double> x) {
     x[i] = x[i] > 20 ? 1.0 : t / (t + 1.0);
   }
   return x;
+}
+
+// Both of one exponential.
+inline void softplus_with_derivative(Vec<float> x, Vec<float>& value, Vec<float>& derivative) {
+  const Vec<float> t = exp_negative(negative_magnitude(x));
+  value = at_least(Vec<float>{}, x) + t * polynomial(kLog1p, t);
+  derivative = (x < 0 ? t : splat(1.0f)) / (1.0f + t);
+}
+inline void softplus_with_derivative(Vec<double> x, Vec<double>& value, Vec<double>& derivative) {
+  value = softplus(x);
+  derivative = softplus_derivative(x);
 }
 
 template <class T>

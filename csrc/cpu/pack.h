@@ -302,6 +302,13 @@ void with_op(Dtype dtype, Body&& body) {
   body(Float32{});
 }
 
+// The same, for operators that compute every 16-bit dtype in float.
+template <class Body>
+void with_real(Dtype dtype, Body&& body) {
+  if (dtype == Dtype::kFloat64) return body(Float64{});
+  body(Float32{});
+}
+
 // Cuts buffers from scratch; with a null start it only counts the bytes.
 class Arena {
  public:

@@ -358,12 +358,6 @@ class PyramidBackward {
   Scratch tiles_;
 };
 
-template <class Body>
-void with_real(Dtype dtype, Body&& body) {
-  if (dtype == Dtype::kFloat64) return body(Float64{});
-  body(Float32{});
-}
-
 }  // namespace
 
 void pyramid_sums(const PyramidProblem& problem, const PyramidGradients& gradients, int threads) {

@@ -22,6 +22,16 @@ struct Kernels {
   void (*pyramid_classify)(const PyramidProblem&, int threads);
   void (*pyramid_sums)(const PyramidProblem&, const PyramidGradients&, int threads);
   void (*pyramid_backward)(const PyramidProblem&, const PyramidGradients&, int threads);
+  // The passes of the cross-attention block in training.
+  void (*training_moments)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_hidden_moments)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_states)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_attend)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_target_sums)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_target_gradients)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_source_sums)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_source_gradients)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_input_gradient)(const TrainingProblem&, const TrainingResults&, int threads);
 };
 
 }  // namespace xattn

@@ -1,0 +1,304 @@
+// Backward passes of the cross-attention block in training. Every pass computes the projections of a tile
+// from its features again; the gradient of q^ and k^ times their slopes ends in one matrix of the tile.
+#include "../training.h"
+#include "table.h"
+
+namespace xattn {
+namespace XATTN_ISA {
+namespace {
+
+template <class Op>
+class Backward : Training<Op> {
+  using Base = Training<Op>;
+  using Base::channels_;
+  using Base::kW;
+  using Base::p_;
+  using Base::pieces_;
+  using Base::row_;
+  using Base::threads_;
+  using typename Base::Matrix;
+  using typename Base::Real;
+  using typename Base::Tile;
+
+ public:
+  // `layers` is the number of first layers of a pair.
+  Backward(const TrainingProblem& problem, int64_t layers, int threads)
+      : Base(problem, false, threads),
+        layers_(layers),
+        states_(layers == 1 ? problem.outputs.size() : problem.pairs.size()),
+        first_(problem.first, layers * problem.pairs.size(), problem.channels, true, threads),
+        second_(problem.second, problem.pairs.size(), problem.channels, true, threads),
+        state_(problem.state_s, states_ * problem.batch, problem.channels, false, threads) {}
+
+  void target_sums(const TrainingResults& results) const {
+    const int64_t C = channels_, outputs = p_.outputs.size();
+    const Partials<Real> sums = Base::pair_partials(2 * C);
+    const Partials<Real> states(pieces_, p_.batch, outputs, C * row_ + C,
+                                [&](int64_t o) { return p_.pairs.group[p_.outputs.group[o]]; });
+    Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t pair = p_.pairs.members[i];
+        sums.cleared(pair, piece);
+        for (int64_t j = p_.outputs.begin[pair]; j < p_.outputs.begin[pair + 1]; ++j)
+          states.cleared(p_.outputs.members[j], piece);
+      }
+      Base::for_tiles(piece, [&](int64_t n, int64_t count) {
+        Base::load_centred(piece, n, count, false, t);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t pair = p_.pairs.members[i];
+          query_gradient(piece, pair, n, count, t, &states);
+          add_sums(count, t, sums.at(pair, piece.row, piece.part));
+        }
+      });
+    });
+    parallel_for(outputs * p_.batch, threads_, [&](int64_t index, int) {
+      const int64_t o = index / p_.batch, parts = states.parts(o);
+      const Real* data = states.at(o, index % p_.batch, 0);
+      states.sum(data, parts, 0, C, C, row_, static_cast<Real*>(results.state_s) + index * C * C);
+      states.sum(data, parts, C * row_, 1, C, C, static_cast<Real*>(results.state_z) + index * C);
+    });
+    sum_pairs(sums, 0, 2, C, results.sums);
+  }
+
+  void target_gradients(const TrainingResults& results) const {
+    layer_gradients(results, [&](const Piece& piece, int64_t pair, int64_t n, int64_t count, const Tile& t) {
+      query_gradient(piece, pair, n, count, t, nullptr);
+    });
+  }
+
+  void source_sums(const TrainingResults& results) const {
+    const int64_t C = channels_;
+    const Copies<Op> transposed(p_.state_s, states_ * p_.batch, C, true, threads_);
+    const Copies<Op> first(p_.first, 2 * p_.pairs.size(), C, false, threads_);
+    const Partials<Real> partials = Base::pair_partials(C * row_ + 3 * C);
+    Base::for_pieces(false, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
+      for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
+      Base::for_tiles(piece, [&](int64_t n, int64_t count) {
+        Base::load_centred(piece, n, count, true, t);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t pair = p_.pairs.members[i];
+          Real* partial = partials.at(pair, piece.row, piece.part);
+          key_gradient<true>(piece, pair, count, t);
+          add_sums(count, t, partial + C * row_ + C);
+          Base::project(transposed[pair * p_.batch + piece.row], nullptr, false, t.activated, count, t.through);
+          mask(t.value, t.through, count, partial + C * row_);
+          Base::add_outer(t.through, t.x_rows, count, partial);
+          add_to_input(first[2 * pair + 1], i == begin, piece, count, t);
+        }
+        if (wanted(piece)) Base::add_gradient(piece, n, count, t);
+      });
+    });
+    sum_pairs(partials, 0, C, row_, results.first);
+    sum_pairs(partials, C * row_, 1, C, results.bias);
+    sum_pairs(partials, C * row_ + C, 2, C, results.sums);
+  }
+
+  void source_gradients(const TrainingResults& results) const {
+    layer_gradients(results, [&](const Piece& piece, int64_t pair, int64_t, int64_t count, const Tile& t) {
+      key_gradient<false>(piece, pair, count, t);
+    });
+  }
+
+ private:
+  bool wanted(const Piece& piece) const { return p_.grad_features[piece.slot].data != nullptr; }
+
+  // h and the normalised second layer of queries or keys.
+  void layers(int64_t pair, int64_t count, const Tile& t) const {
+    Base::project(first_[layers_ * pair], Base::vector(p_.first_bias, layers_ * pair), true, t.x, count, t.hidden);
+    Base::project(second_[pair], Base::vector(p_.affine, 3 * pair), false, t.hidden, count, t.normalised);
+  }
+
+  // Gradients of the outputs of a pair to t.total, that of q^; those of states are added to `states`.
+  void query_gradient(const Piece& piece, int64_t pair, int64_t n, int64_t count, const Tile& t,
+                      const Partials<Real>* states) const {
+    layers(pair, count, t);
+    Base::template activate<true, true>(pair, count, t);
+    if (states) transpose_to_rows<Op>(constant(t.activated), channels_, count, t.rows);
+    for (int64_t j = p_.outputs.begin[pair]; j < p_.outputs.begin[pair + 1]; ++j) {
+      const int64_t o = p_.outputs.members[j], state = o * p_.batch + piece.row;
+      const Real* z = Base::vector(p_.state_z, state);
+      Base::load_panels(p_.maps[o], piece.row, n, count, t.gradient, t.map_rows);
+      Base::project(state_[state], nullptr, false, t.gradient, count, t.through);
+      divide(z, count, t);
+      const bool first = j == p_.outputs.begin[pair];
+      for (int64_t c = 0; c < channels_; ++c) {
+        const Real weight = z[c];
+        Base::for_row(t.total, c, count, [&](int64_t i, int64_t m) {
+          const Vec<Real> gradient = load(t.through.data + i) * load(t.weight + m) - weight * load(t.share + m);
+          store(t.total.data + i, first ? gradient : load(t.total.data + i) + gradient);
+        });
+      }
+      if (!states) continue;
+      Real* partial = states->at(o, piece.row, piece.part);
+      for (int64_t c = 0; c < channels_; ++c) {
+        partial[channels_ * row_ + c] += Base::row_sum(t.total, c, count, [&](int64_t i, int64_t m) {
+          store(t.gradient.data + i, load(t.gradient.data + i) * load(t.weight + m));
+          return -(load(t.share + m) * load(t.activated.data + i));
+        });
+      }
+      Base::add_outer(t.gradient, t.rows, count, partial);
+    }
+  }
+  // With d the denominators: t.weight = 1 / d and t.share = (g . out) / d, zero where d is the clamp's. Behind
+  // the last token the gradient is zero and so is the share.
+  void divide(const Real* z, int64_t count, const Tile& t) const {
+    const Vec<Real> eps = splat(static_cast<Real>(p_.eps)), zero{};
+    for (int64_t n = 0; n < count; n += kW) {
+      const Real *query = column<Op>(t.activated, n), *through = column<Op>(t.through, n);
+      Vec<Real> total{}, product{};
+      for (int64_t c = 0; c < channels_; ++c) {
+        const Vec<Real> q = load(query + c * kPanel<Op>);
+        total += z[c] * q;
+        product += load(through + c * kPanel<Op>) * q;
+      }
+      const Vec<Real> weight = Real(1) / at_least(eps, total);
+      store(t.weight + n, weight);
+      store(t.share + n, total >= eps ? product * weight * weight : zero);
+    }
+  }
+
+  // The gradient of k^ to t.total, with values in t.value; keys are computed where asked.
+  template <bool kKeys>
+  void key_gradient(const Piece& piece, int64_t pair, int64_t count, const Tile& t) const {
+    const int64_t state = pair * p_.batch + piece.row;
+    layers(pair, count, t);
+    Base::template activate<kKeys, true>(pair, count, t);
+    Base::project(first_[2 * pair + 1], Base::vector(p_.first_bias, 2 * pair + 1), true, t.x, count, t.value);
+    Base::project(state_[state], Base::vector(p_.state_z, state), false, t.value, count, t.total);
+    for (int64_t c = 0; c < channels_; ++c) Base::fill_padding(t.total, c, count, Real(0));
+  }
+
+  // Sums of da = total slope and of da times the normalised layer.
+  void add_sums(int64_t count, const Tile& t, Real* sums) const {
+    for (int64_t c = 0; c < channels_; ++c) {
+      Vec<Real> first{}, second{};
+      Base::for_row(t.total, c, count, [&](int64_t i, int64_t) {
+        const Vec<Real> gradient = load(t.total.data + i) * load(t.slope.data + i);
+        first += gradient;
+        second += gradient * load(t.normalised.data + i);
+      });
+      sums[c] += sum_lanes<Real>(first);
+      sums[channels_ + c] += sum_lanes<Real>(second);
+    }
+  }
+
+  // The gradients of both layers; body gives the gradient of q^ or k^ in t.total.
+  template <class Body>
+  void layer_gradients(const TrainingResults& results, const Body& body) const {
+    const int64_t C = channels_, size = C * row_;
+    const Copies<Op> first(p_.first, layers_ * p_.pairs.size(), C, false, threads_);
+    const Copies<Op> second(p_.second, p_.pairs.size(), C, false, threads_);
+    const Partials<Real> partials = Base::pair_partials(2 * size + C);
+    Base::for_pieces(false, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
+      for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
+      Base::for_tiles(piece, [&](int64_t n, int64_t count) {
+        Base::load_centred(piece, n, count, true, t);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t pair = p_.pairs.members[i];
+          Real* partial = partials.at(pair, piece.row, piece.part);
+          body(piece, pair, n, count, t);
+          normalise(pair, count, t);
+          transpose_to_rows<Op>(constant(t.hidden), C, count, t.rows);
+          Base::add_outer(t.total, t.rows, count, partial);
+          Base::project(second[pair], nullptr, false, t.total, count, t.through);
+          mask(t.hidden, t.through, count, partial + 2 * size);
+          Base::add_outer(t.through, t.x_rows, count, partial + size);
+          add_to_input(first[layers_ * pair], i == begin, piece, count, t);
+        }
+        if (wanted(piece)) Base::add_gradient(piece, n, count, t);
+      });
+    });
+    sum_pairs(partials, 0, C, row_, results.second);
+    sum_pairs(partials, size, C, row_, results.first);
+    sum_pairs(partials, 2 * size, 1, C, results.bias);
+  }
+  // total = gamma total slope - c0 - c1 normalised; zero behind the last token.
+  void normalise(int64_t pair, int64_t count, const Tile& t) const {
+    const Real* gamma = Base::vector(p_.affine, 3 * pair + 1);
+    const Real* coefficients = Base::vector(p_.coefficients, 2 * pair);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const Real factor = gamma[c], constant = coefficients[c], slope = coefficients[channels_ + c];
+      Base::for_row(t.total, c, count, [&](int64_t i, int64_t) {
+        const Vec<Real> gradient = load(t.total.data + i) * load(t.slope.data + i);
+        store(t.total.data + i, factor * gradient - constant - slope * load(t.normalised.data + i));
+      });
+      Base::fill_padding(t.total, c, count, Real(0));
+    }
+  }
+  // gradient = 0 where value is not positive; adds its sums over tokens.
+  void mask(Matrix value, Matrix gradient, int64_t count, Real* sums) const {
+    for (int64_t c = 0; c < channels_; ++c) {
+      Base::fill_padding(gradient, c, count, Real(0));
+      sums[c] += Base::row_sum(gradient, c, count, [&](int64_t i, int64_t) {
+        const Vec<Real> kept = load(value.data + i) > 0 ? load(gradient.data + i) : Vec<Real>{};
+        store(gradient.data + i, kept);
+        return kept;
+      });
+    }
+  }
+  // t.grad_x = or += weight^T t.through
+  void add_to_input(typename Base::Constant weight, bool first, const Piece& piece, int64_t count,
+                    const Tile& t) const {
+    if (!wanted(piece)) return;
+    if (first) return Base::project(weight, nullptr, false, t.through, count, t.grad_x);
+    Base::add_projection(weight, t.through, count, t.grad_x);
+  }
+
+  void sum_pairs(const Partials<Real>& partials, int64_t from, int64_t rows, int64_t row, void* to) const {
+    parallel_for(p_.pairs.size(), threads_, [&](int64_t pair, int) {
+      partials.sum(partials.at(pair, 0, 0), partials.pieces(pair), from, rows, channels_, row,
+                   static_cast<Real*>(to) + pair * rows * channels_);
+    });
+  }
+
+  int64_t layers_, states_;
+  Copies<Op> first_, second_, state_;
+};
+
+template <class Op>
+class InputGradient : Training<Op> {
+  using Base = Training<Op>;
+  using typename Base::Tile;
+
+ public:
+  InputGradient(const TrainingProblem& problem, int threads) : Base(problem, true, threads) {}
+
+  // `first` and `first_bias` are the matrix and the vector of every slot.
+  void run() const {
+    const TrainingProblem& p = Base::p_;
+    const Copies<Op> matrix(p.first, p.features.size, p.channels, true, Base::threads_);
+    Base::for_pieces(false, [&](const Piece& piece, int64_t, int64_t, const Tile& t) {
+      if (!p.grad_features[piece.slot].data) return;
+      Base::for_tiles(piece, [&](int64_t n, int64_t count) {
+        Base::load_centred(piece, n, count, false, t);
+        Base::project(matrix[piece.slot], Base::vector(p.first_bias, piece.slot), false, t.x, count, t.grad_x);
+        Base::add_gradient(piece, n, count, t);
+      });
+    });
+  }
+};
+
+}  // namespace
+
+void training_target_sums(const TrainingProblem& problem, const TrainingResults& results, int threads) {
+  with_real(problem.dtype, [&](auto op) { Backward<decltype(op)>(problem, 1, threads).target_sums(results); });
+}
+
+void training_target_gradients(const TrainingProblem& problem, const TrainingResults& results, int threads) {
+  with_real(problem.dtype, [&](auto op) { Backward<decltype(op)>(problem, 1, threads).target_gradients(results); });
+}
+
+void training_source_sums(const TrainingProblem& problem, const TrainingResults& results, int threads) {
+  with_real(problem.dtype, [&](auto op) { Backward<decltype(op)>(problem, 2, threads).source_sums(results); });
+}
+
+void training_source_gradients(const TrainingProblem& problem, const TrainingResults& results, int threads) {
+  with_real(problem.dtype, [&](auto op) { Backward<decltype(op)>(problem, 2, threads).source_gradients(results); });
+}
+
+void training_input_gradient(const TrainingProblem& problem, const TrainingResults&, int threads) {
+  with_real(problem.dtype, [&](auto op) { InputGradient<decltype(op)>(problem, threads).run(); });
+}
+
+}  // namespace XATTN_ISA
+}  // namespace xattn
