@@ -54,9 +54,14 @@ class Call:
             self.device_table = self.table.on(self.like.device)
             yield
 
-    def operand(self, weight: Tensor) -> Tensor:
-        """A weight as products take it."""
-        return weight.to(torch.bfloat16) if self.dot == "bf16" else weight
+    def operand(self, x: Tensor) -> Tensor:
+        """Matrices (..., C, C) as products take them: (P, P) filled with zeros, and one more."""
+        dtype = torch.bfloat16 if self.dot == "bf16" else torch.float32
+        width = self.halves["C0"] + self.halves["C1"]
+        count = x.shape[:-2].numel()
+        padded = x.new_zeros(count + 1, width, width, dtype=dtype)
+        padded[:count, : self.channels, : self.channels] = x.reshape(count, *x.shape[-2:])
+        return padded
 
     def chunks(self, rows: int) -> Chunks:
         """Room for sums over chunks of tokens, ``rows`` and one more, of every pair."""
@@ -144,7 +149,7 @@ class _Launch(NamedTuple):
     results: bool
     jobs: int
     """Where in the table they begin: the slot of each and where its pairs are."""
-    count: int
+    programs: int
     chunks: int
     """Chunks of the slot with the most tokens."""
     size: int
@@ -208,7 +213,7 @@ class Gradients:
             groups = ceil_div(call.channels, sum(tiles.rows)) if todo.sums else 1
             launch(
                 kernel,
-                groups * todo.chunks * call.batch * todo.count,
+                groups * todo.chunks * call.batch * todo.programs,
                 call.device_table,
                 *args,
                 todo.jobs,

@@ -151,7 +151,9 @@ def moments_kernel(
                         table, feature, batch, r1, n, valid, C, DT, SIZE, X_MINOR, X_VECTOR, X_WIDE
                     )
                     y1 = tl.where(valid[None, :], y1 - row1[:, None], 0.0)
-            s00, s01, s10, s11 = outer(y0, y1, x0, x1, s00, s01, s10, s11, R1, C1, DOT)
+            s00, s01 = outer(y0, x0, x1, s00, s01, C1, DOT)
+            if R1 > 0:
+                s10, s11 = outer(y1, x0, x1, s10, s11, C1, DOT)
         part = tl.load(table + starts + slot) + split
         out = parts + (part * batch_size + batch) * (C + 1) * C
         store_sums(out, r0, r1, c0, c1, s00, s01, s10, s11, C, R1, C1)
@@ -234,6 +236,7 @@ def hidden_kernel(
     X_WIDE: tl.constexpr,
 ):
     """parts[start(pair) + split, b]: (2, C) of a chunk, the mean below the deviations."""
+    P: tl.constexpr = C0 + C1
     pid = tl.program_id(0)
     split = pid % splits
     batch = (pid // splits) % batch_size
@@ -246,9 +249,9 @@ def hidden_kernel(
         stop = tl.minimum(tokens, begin + multiple(chunk, 256))
         end = extent(stop, X_MINOR, X_VECTOR)
         center += slot * C
-        first += pair.to(tl.int64) * C * C
+        first += pair.to(tl.int64) * P * P
         first_bias += pair * C
-        second += pair.to(tl.int64) * C * C
+        second += pair.to(tl.int64) * P * P
         c0 = tl.arange(0, C0)
         c1 = c0
         mean0 = tl.zeros([C0], tl.float32)
@@ -321,6 +324,7 @@ def state_kernel(
     """parts[start(pair) + split, b]: (C + 1, C) of a chunk, Z below S."""
     EXACT: tl.constexpr = DOT == "ieee"
     GROUPS: tl.constexpr = (C + R0 + R1 - 1) // (R0 + R1)
+    P: tl.constexpr = C0 + C1
     pid = tl.program_id(0)
     group = pid % GROUPS
     pid = pid // GROUPS
@@ -334,9 +338,9 @@ def state_kernel(
     if begin < tokens:
         end = extent(tl.minimum(tokens, begin + multiple(chunk, 256)), X_MINOR, X_VECTOR)
         center += slot * C
-        first += pair.to(tl.int64) * 2 * C * C
+        first += pair.to(tl.int64) * 2 * P * P
         first_bias += pair * 2 * C
-        second += pair.to(tl.int64) * C * C
+        second += pair.to(tl.int64) * P * P
         affine += pair * 3 * C
         c0 = tl.arange(0, C0)
         c1 = c0
@@ -371,24 +375,20 @@ def state_kernel(
             k0, k1 = second_layer(
                 first, first_bias, second, affine, c0, c1, x0, x1, C, C0, C1, BK, BN, DOT
             )
-            mask = (c0 < C)[:, None] & valid[None, :]
-            k0 = tl.where(mask, softplus(gamma0 * k0 + beta0, EXACT), 0.0)
+            k0 = tl.where(valid[None, :], softplus(gamma0 * k0 + beta0, EXACT), 0.0)
             z0 += tl.sum(k0, 1)
             if C1 > 0:
-                mask = (c1 < C)[:, None] & valid[None, :]
-                k1 = tl.where(mask, softplus(gamma1 * k1 + beta1, EXACT), 0.0)
+                k1 = tl.where(valid[None, :], softplus(gamma1 * k1 + beta1, EXACT), 0.0)
                 z1 += tl.sum(k1, 1)
             zeros = tl.zeros([R0, BN], tl.float32)
-            v0 = first_layer(
-                first + C * C, first_bias + C, r0, c0, c1, x0, x1, zeros, C, C1, DOT
-            )  # fmt: skip
-            v1 = v0
+            v = first_layer(first + P * P, first_bias + C, r0, c0, c1, x0, x1, zeros, C, P, C1, DOT)
+            s00, s01 = outer(v, k0, k1, s00, s01, C1, DOT)
             if R1 > 0:
                 zeros = tl.zeros([R1, BN], tl.float32)
-                v1 = first_layer(
-                    first + C * C, first_bias + C, r1, c0, c1, x0, x1, zeros, C, C1, DOT
-                )  # fmt: skip
-            s00, s01, s10, s11 = outer(v0, v1, k0, k1, s00, s01, s10, s11, R1, C1, DOT)
+                v = first_layer(
+                    first + P * P, first_bias + C, r1, c0, c1, x0, x1, zeros, C, P, C1, DOT
+                )
+                s10, s11 = outer(v, k0, k1, s10, s11, C1, DOT)
         part = tl.load(table + starts + pair) + split
         out = parts + (part * batch_size + batch) * (C + 1) * C
         store_sums(out, r0, r1, c0, c1, s00, s01, s10, s11, C, R1, C1)
@@ -433,6 +433,7 @@ def attend_kernel(
 ):
     """A tile of tokens of one pair and sample, all of its outputs."""
     EXACT: tl.constexpr = DOT == "ieee"
+    P: tl.constexpr = C0 + C1
     pid = tl.program_id(0)
     tile = pid % tiles
     batch = (pid // tiles) % batch_size
@@ -441,9 +442,9 @@ def attend_kernel(
     feature = features + slot.to(tl.int32) * 5
     tokens = slot_tokens(table, feature)
     if tile * BN < tokens:
-        first += pair.to(tl.int64) * C * C
+        first += pair.to(tl.int64) * P * P
         first_bias += pair * C
-        second += pair.to(tl.int64) * C * C
+        second += pair.to(tl.int64) * P * P
         affine += pair * 3 * C
         n = tile * BN + tl.arange(0, BN)
         valid = n < extent(tokens, X_MINOR, min(X_VECTOR, O_VECTOR))
@@ -459,15 +460,13 @@ def attend_kernel(
             first, first_bias, second, affine, c0, c1, x0, x1, C, C0, C1, BK, BN, DOT
         )
         q0 = softplus(vector(affine + C, c0, C) * q0 + vector(affine + 2 * C, c0, C), EXACT)
-        q0 = tl.where((c0 < C)[:, None], q0, 0.0)
         if C1 > 0:
             q1 = softplus(vector(affine + C, c1, C) * q1 + vector(affine + 2 * C, c1, C), EXACT)
-            q1 = tl.where((c1 < C)[:, None], q1, 0.0)
         begin = tl.load(table + lists + pair).to(tl.int32)
         end = tl.load(table + lists + pair + 1).to(tl.int32)
         for member in range(begin, end):
             output = tl.load(table + lists + member)
-            s = state_s + (output * batch_size + batch) * C * C
+            s = state_s + (output * batch_size + batch) * P * P
             z = state_z + (output * batch_size + batch) * C
             denominator = tl.sum(vector(z, c0, C) * q0, 0)
             if C1 > 0:
@@ -477,7 +476,7 @@ def attend_kernel(
             for k in range(0, C, BR):
                 r = k + tl.arange(0, BR)
                 zeros = tl.zeros([BR, BN], tl.float32)
-                result = product(s, r, c0, c1, q0, q1, zeros, C, C1, DOT) / denominator[None, :]
+                result = product(s, r, c0, c1, q0, q1, zeros, P, C1, DOT) / denominator[None, :]
                 store_tile(
                     table, place, batch, r, n, valid, result, C, DT, SIZE, O_MINOR, O_VECTOR,
                     O_WIDE,
@@ -495,6 +494,7 @@ def affine_kernel(
     batch_size: tl.int32,
     tiles: tl.int32,
     C: tl.constexpr,
+    P: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
@@ -529,7 +529,7 @@ def affine_kernel(
                 table, feature, batch, center + slot * C, c, n, valid, C, DT, SIZE, X_MINOR,
                 X_VECTOR, X_WIDE,
             )  # fmt: skip
-            acc = dot(matrix(weight + slot.to(tl.int64) * C * C, r, c, C), x, acc, DOT)
+            acc = dot(matrix(weight + slot.to(tl.int64) * P * P, r, c, P), x, acc, DOT)
         acc += load_tile(
             table, gradient, batch, r, n, valid, C, tl.float32, 4, D_MINOR, D_VECTOR, D_WIDE
         )

@@ -2,8 +2,9 @@
 """Device functions of the training kernels: layers recomputed from features, sums of products.
 
 All channels of a tile are in two pieces of C0 and C1 channels, of which the second may be missing
-(C1 = 0: its values are those of the first, and unused). Matrices are (C, C), in float32 or in what
-products are computed from; vectors are float32.
+(C1 = 0: its values are those of the first, and unused). Matrices are (P, P) with P = C0 + C1,
+filled with zeros, so that nothing is tested to read them; behind the last one there is another,
+which rows of the last group may reach. Vectors have C elements.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from xattn_kernels.triton.maths import dot, load_tile, relu, store_tile
 
 
 @triton.jit
-def matrix(base, rows, columns, C: tl.constexpr):
-    """A float32 tile of a matrix, 0 outside of it."""
-    mask = (rows < C)[:, None] & (columns < C)[None, :]
-    return tl.load(base + rows[:, None] * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+def matrix(base, rows, columns, P: tl.constexpr):
+    """A float32 tile of a matrix."""
+    return tl.load(base + rows[:, None] * P + columns[None, :]).to(tl.float32)
 
 
 @triton.jit
-def transposed(base, rows, columns, C: tl.constexpr):
+def transposed(base, rows, columns, P: tl.constexpr):
     """The same of its transpose."""
-    mask = (rows < C)[:, None] & (columns < C)[None, :]
-    return tl.load(base + rows[:, None] + columns[None, :] * C, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + rows[:, None] + columns[None, :] * P).to(tl.float32)
 
 
 @triton.jit
@@ -35,40 +34,43 @@ def vector(base, rows, C: tl.constexpr):
 
 
 @triton.jit
-def product(base, rows, c0, c1, x0, x1, acc, C: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr):
+def product(base, rows, c0, c1, x0, x1, acc, P: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr):
     """acc + M x for some rows of M."""
-    acc = dot(matrix(base, rows, c0, C), x0, acc, DOT)
+    acc = dot(matrix(base, rows, c0, P), x0, acc, DOT)
     if C1 > 0:
-        acc = dot(matrix(base, rows, c1, C), x1, acc, DOT)
+        acc = dot(matrix(base, rows, c1, P), x1, acc, DOT)
     return acc
 
 
 @triton.jit
 def product_transposed(
-    base, rows, c0, c1, x0, x1, acc, C: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr
+    base, rows, c0, c1, x0, x1, acc, P: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr
 ):
     """acc + M^T x for some rows of M^T."""
-    acc = dot(transposed(base, rows, c0, C), x0, acc, DOT)
+    acc = dot(transposed(base, rows, c0, P), x0, acc, DOT)
     if C1 > 0:
-        acc = dot(transposed(base, rows, c1, C), x1, acc, DOT)
+        acc = dot(transposed(base, rows, c1, P), x1, acc, DOT)
     return acc
 
 
 @triton.jit
-def outer(
-    a0, a1, b0, b1, s00, s01, s10, s11, A1: tl.constexpr, B1: tl.constexpr, DOT: tl.constexpr
+def columns(
+    base, c0, c1, rows, x, acc0, acc1, P: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr
 ):
-    """s + a b^T, summed over the tokens of two tiles in pieces."""
-    b0 = tl.trans(b0)
-    s00 = dot(a0, b0, s00, DOT)
-    if A1 > 0:
-        s10 = dot(a1, b0, s10, DOT)
-    if B1 > 0:
-        b1 = tl.trans(b1)
-        s01 = dot(a0, b1, s01, DOT)
-        if A1 > 0:
-            s11 = dot(a1, b1, s11, DOT)
-    return s00, s01, s10, s11
+    """acc + M^T x in pieces for a tile x of some rows of M."""
+    acc0 = dot(transposed(base, c0, rows, P), x, acc0, DOT)
+    if C1 > 0:
+        acc1 = dot(transposed(base, c1, rows, P), x, acc1, DOT)
+    return acc0, acc1
+
+
+@triton.jit
+def outer(a, b0, b1, s0, s1, C1: tl.constexpr, DOT: tl.constexpr):
+    """s + a b^T, summed over the tokens of two tiles, of which b is in pieces."""
+    s0 = dot(a, tl.trans(b0), s0, DOT)
+    if C1 > 0:
+        s1 = dot(a, tl.trans(b1), s1, DOT)
+    return s0, s1
 
 
 @triton.jit
@@ -156,11 +158,12 @@ def first_layer(
     x1,
     zeros,
     C: tl.constexpr,
+    P: tl.constexpr,
     C1: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """relu(W x + b) for some rows; ``zeros`` is a tile of their shape."""
-    return relu(product(weight, rows, c0, c1, x0, x1, zeros + vector(bias, rows, C), C, C1, DOT))
+    return relu(product(weight, rows, c0, c1, x0, x1, zeros + vector(bias, rows, C), P, C1, DOT))
 
 
 @triton.jit
@@ -182,6 +185,7 @@ def second_layer(
     SHIFTED: tl.constexpr = True,
 ):
     """W_2 relu(W_1 x + b) in pieces, plus ``shift`` if SHIFTED, by steps of BK hidden channels."""
+    P: tl.constexpr = C0 + C1
     y0 = tl.zeros([C0, BN], tl.float32)
     y1 = y0
     if C1 > 0:
@@ -193,10 +197,10 @@ def second_layer(
     for k in range(0, C, BK):
         hidden = k + tl.arange(0, BK)
         zeros = tl.zeros([BK, BN], tl.float32)
-        h = first_layer(first, bias, hidden, c0, c1, x0, x1, zeros, C, C1, DOT)
-        y0 = dot(matrix(second, c0, hidden, C), h, y0, DOT)
+        h = first_layer(first, bias, hidden, c0, c1, x0, x1, zeros, C, P, C1, DOT)
+        y0 = dot(matrix(second, c0, hidden, P), h, y0, DOT)
         if C1 > 0:
-            y1 = dot(matrix(second, c1, hidden, C), h, y1, DOT)
+            y1 = dot(matrix(second, c1, hidden, P), h, y1, DOT)
     return y0, y1
 
 
@@ -246,9 +250,7 @@ def attention_gradient(
         r = k + tl.arange(0, BK)
         g = load_tile(table, gradient, batch, r, n, valid, C, DT, SIZE, MINOR, VECTOR, WIDE)
         along_mean += tl.sum(g * vector(mean, r, C), 0)
-        h0 = dot(transposed(s, c0, r, C), g, h0, DOT)
-        if C1 > 0:
-            h1 = dot(transposed(s, c1, r, C), g, h1, DOT)
+        h0, h1 = columns(s, c0, c1, r, g, h0, h1, C0 + C1, C1, DOT)
     clamped = denominator < eps
     w = 1.0 / tl.where(clamped, eps, denominator)
     along = tl.sum(q0 * h0, 0)

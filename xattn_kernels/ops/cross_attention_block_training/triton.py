@@ -161,7 +161,7 @@ def attend(
             steps * call.batch * len(slots),
             call.device_table,
             *_layers(call, center, first, first_bias, second, affine),
-            state_s,
+            call.operand(state_s),
             state_z,
             call.rows,
             call.pairs,
@@ -218,7 +218,7 @@ def target_sums(
             target_sums_kernel,
             chunks,
             *_layers(call, center, first, first_bias, second, affine),
-            about_mean,
+            call.operand(about_mean),
             state_z,
             mean,
             chunks.sums,
@@ -265,7 +265,12 @@ def target_gradients(
         about_mean, mean = _about_mean(state_s, state_z)
     return _gradients(
         call,
-        (*_layers(call, center, first, first_bias, second, affine), about_mean, state_z, mean),
+        (
+            *_layers(call, center, first, first_bias, second, affine),
+            call.operand(about_mean),
+            state_z,
+            mean,
+        ),
         coefficients,
         (lists, gradient_rows, eps),
         grad_features,
@@ -297,17 +302,26 @@ def source_sums(
     chunks, sums = call.chunks(call.channels), call.chunks(1)
     launches = Gradients(call, chunks, sums_tiles(call.channels, call.dot), grad_features)
     with call.running():
-        from xattn_kernels.triton.training_sums_kernels import source_sums_kernel
+        from xattn_kernels.triton.training_gradient_kernels import value_gradient_kernel
+        from xattn_kernels.triton.training_sums_kernels import key_sums_kernel
 
-        launches.run(
-            source_sums_kernel,
-            *_layers(call, center, first, first_bias, second, affine),
-            grad_s,
+        layers = _layers(call, center, first, first_bias, second, affine)
+        states = call.operand(grad_s)
+        tiles = token_tiles(call.channels, call.dot)
+        call.launch(
+            key_sums_kernel,
+            sums,
+            *layers,
+            states,
             grad_z,
-            chunks.sums,
             sums.sums,
             call.rows,
+            call.pairs,
+            BK=tiles.step,
+            BN=tiles.tokens,
+            warps=tiles.warps,
         )
+        launches.run(value_gradient_kernel, *layers, states, chunks.sums, call.rows)
         product, bias = call.reduce(chunks, each, len(slots))
         return call.total(sums, each, len(slots)), product.sum(1), bias.sum(1)
 
@@ -334,7 +348,12 @@ def source_gradients(
         )  # fmt: skip
     return _gradients(
         call,
-        (*_layers(call, center, first, first_bias, second, affine), grad_s, grad_z, grad_z),
+        (
+            *_layers(call, center, first, first_bias, second, affine),
+            call.operand(grad_s),
+            grad_z,
+            grad_z,
+        ),
         coefficients,
         (0, 0, 0.0),
         grad_features,
@@ -372,6 +391,7 @@ def input_gradient(
             steps,
             **call.constants,
             **layout_constants(D=layout(wanted)),
+            P=sum(call.halves.values()),
             BR=tiles.rows[0],
             BK=tiles.step,
             BN=tiles.tokens,
