@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from xattn_kernels.testing.measure import Timing
+from xattn_kernels.testing.device import device_interleaved
+from xattn_kernels.testing.measure import Timing, interleaved
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
@@ -41,26 +42,35 @@ class Preset:
     """Modules of `suites`, in the order in which they run."""
     device: str = "cpu"
     """Type of the device that is measured."""
+    thorough: bool = False
+    """Whether sizes that take minutes are measured as well."""
 
     def repetitions_of(self, seconds: float) -> int:
         """Repetitions for calls that take `seconds` together; at least 3."""
         return max(3, min(self.repetitions, int(self.series_seconds / max(seconds, 1e-9))))
 
 
-_OPERATORS = ("cam", "cam_memory", "training", "softmax", "linear")
+_SCALING = ("complexity", "scaling", "linear")
+_OPERATORS = ("cam", "cam_memory", "training", "softmax")
 _NETWORKS = ("head", "network", "network_training")
 
 _QUICK = Preset("quick", repetitions=15, sample_seconds=0.01, series_seconds=5.0)
-_FULL = Preset("full", repetitions=50, sample_seconds=0.05, series_seconds=30.0)
+_FULL = Preset("full", repetitions=50, sample_seconds=0.05, series_seconds=20.0, thorough=True)
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("smoke", repetitions=3, sample_seconds=0.0, series_seconds=0.0, suites=("linear",)),
-        replace(_QUICK, suites=("cam",)),
-        replace(_FULL, suites=(*_OPERATORS, *_NETWORKS)),
-        replace(_FULL, name="gpu", suites=("cam",), device="cuda"),
-        replace(_FULL, name="scaling", suites=("linear",)),
+        Preset(
+            "smoke",
+            repetitions=3,
+            sample_seconds=0.0,
+            series_seconds=0.0,
+            suites=("complexity", "linear"),
+        ),
+        replace(_QUICK, suites=("complexity", "scaling", "cam")),
+        replace(_FULL, suites=(*_SCALING, *_OPERATORS, *_NETWORKS)),
+        replace(_FULL, name="gpu", suites=("complexity", "scaling"), device="cuda"),
+        replace(_FULL, name="scaling", suites=_SCALING),
         replace(_FULL, name="network", suites=_NETWORKS),
     )
 }
@@ -137,6 +147,34 @@ class Result:
     plots: list[Plot] = field(default_factory=list)
     failure: str | None = None
     """The check that did not pass; then there are no rows, bars, answers and plots."""
+
+
+def measured(
+    calls: Mapping[str, Callable[[], Any]],
+    preset: Preset,
+    *,
+    warmup: int = 1,
+    seconds: float | None = None,
+    share: float = 1.0,
+) -> dict[str, Timing]:
+    """Time calls by turns on the preset's device, as often as the preset allows.
+
+    Args:
+        calls: what to time, by name.
+        preset: how thorough to be.
+        warmup: untimed calls of each beforehand.
+        seconds: what all calls take together, if known; else each is called to see.
+        share: part of the preset's `series_seconds` that this comparison may take.
+    """
+    if seconds is None:
+        seconds = sum(map(seconds_of, calls.values()))
+    allowed = replace(preset, series_seconds=share * preset.series_seconds)
+    repetitions = allowed.repetitions_of(seconds)
+    if preset.device == "cuda":
+        return device_interleaved(calls, repetitions=repetitions, warmup=warmup)
+    return interleaved(
+        calls, repetitions=repetitions, warmup=warmup, min_sample_s=preset.sample_seconds
+    )
 
 
 class Suite(Protocol):

@@ -2,6 +2,8 @@
 
 #: In the order in which they run.
 SUITES = (
+    "complexity",
+    "scaling",
     "cam",
     "cam_memory",
     "training",
