@@ -107,13 +107,16 @@ def choose_way(
         inference: whether the weights may be folded: `is_inference`, of the blocks and all that
             follows from it.
     """
-    if not is_stock(*blocks, synchronised=True) or any(x.numel() == 0 for x in features):
+    if not is_stock(*blocks, synchronised=True):
         return "layers"
     projections = [p for block in blocks for p in block.projections()]
     norms = [p.bn for p in projections]
     if any(p.conv.bias is not None for p in projections) or not normalisation.agree(norms):
         return "layers"
+    # All ranks have to choose alike, whatever their part of the tokens.
     reduction = normalisation.reduction(norms[0], rows_of(blocks[0]))
+    if reduction.is_local and any(x.numel() == 0 for x in features):
+        return "layers"
     if inference and kind == "linear" and reduction.is_local:
         return "folded"
     recomputed = kind == "linear" and (

@@ -169,7 +169,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:-_KEPT], _Kept(*ctx.saved_tensors[-_KEPT:])
+        saved = ctx.saved_tensors  # once: checkpoints compute them at every access
+        tensors, kept = saved[:-_KEPT], _Kept(*saved[-_KEPT:])
         grad_outputs, wanted = grads[:-_KEPT], ctx.needs_input_grad[1:]
         with torch.no_grad(), _no_autocast(tensors[0]):
             gradients = _backward(ctx.settings, tensors, kept, grad_outputs, wanted)
