@@ -31,6 +31,13 @@ def cuts(length: int, parts: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise(bounds)]
 
 
+def recompute(module: nn.Module, value: bool = True) -> None:
+    """Set how all attention modules train."""
+    for child in module.modules():
+        if hasattr(child, "recompute"):
+            child.recompute = value
+
+
 def part(value: Any, sizes: Callable[[Tensor], Sequence[int]], index: int, dim: int) -> Any:
     """Part `index` of every tensor, cut along `dim`."""
 

@@ -20,12 +20,19 @@ from . import support, world
 NAMES = ("CrossAttention", "CrossTaskAttention", "CrossScaleHead")
 
 
-def trains(name: str, sizes: tuple[int, ...], momentum: float | None = 0.1, **options: Any) -> None:
+def trains(
+    name: str,
+    sizes: tuple[int, ...],
+    recompute: bool,
+    momentum: float | None = 0.1,
+    **options: Any,
+) -> None:
     """Forward, backward and running statistics of two steps, with `sizes` samples on the ranks."""
     group, rank = support.group(*range(len(sizes))), dist.get_rank()
     if rank >= len(sizes):
         return
     pair = make(name, batch=sum(sizes), **options)
+    support.recompute(pair.ours, recompute)
     set_norms(pair, momentum=momentum)
     parallel = DistributedDataParallel(pair.ours, process_group=group)
     # After wrapping: torch's wrapper refuses synchronised batch norms on CPU.
@@ -142,10 +149,15 @@ CASES = [
     partial(moments_are_merged, torch.float64, 1e-12),
     partial(moments_are_merged, torch.float32, 1e-5),
     sums_and_states,
-    *(partial(trains, name, (1, 3)) for name in NAMES),
-    *(partial(trains, name, (2, 1, 3, 1)) for name in NAMES),
-    partial(trains, "CrossTaskAttention", (2, 2), momentum=None),
-    partial(trains, "CrossTaskAttention", (1, 0, 2)),
+    *(
+        partial(trains, name, sizes, recompute)
+        for name in NAMES
+        for sizes in [(1, 3), (2, 1, 3, 1)]
+        for recompute in (True, False)
+    ),
+    partial(trains, "CrossTaskAttention", (2, 2), True, momentum=None),
+    partial(trains, "CrossTaskAttention", (2, 2), False, kind="softmax", heads=3),
+    *(partial(trains, "CrossTaskAttention", (1, 0, 2), recompute) for recompute in (True, False)),
     *(partial(evaluates, name) for name in NAMES),
     some_norms_are_frozen,
     single_value_is_refused,

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from modules.support import make, norms, randomise, set_norms
+from modules.support import TASKS, make, norms, randomise, set_norms, tensors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from xattn_kernels import modules
 from xattn_kernels.distributed import rows_of, shard_rows, sum_gradients
@@ -74,22 +76,27 @@ def _pair(name: str, ranks: int, **options: Any) -> tuple[Any, Callable[..., Any
     return pair, reference
 
 
-def attends(name: str, ranks: int, momentum: float | None = 0.1, **options: Any) -> None:
+def attends(
+    name: str, ranks: int, recompute: bool, momentum: float | None = 0.1, **options: Any
+) -> None:
     pair, reference = _pair(name, ranks, **options)
+    support.recompute(pair.ours, recompute)
     set_norms(pair, momentum=momentum)
     compare(pair.ours, pair.theirs, reference, pair.arguments, ranks)
 
 
 def in_channels_last(name: str) -> None:
     pair, reference = _pair(name, 2)
-    arguments = torch.utils._pytree.tree_map(
+    support.recompute(pair.ours)
+    arguments = tree_map(
         lambda x: x.detach().to(memory_format=torch.channels_last).requires_grad_(), pair.arguments
     )
     compare(pair.ours, pair.theirs, reference, arguments, 2)
 
 
-def infers(name: str, ranks: int) -> None:
+def infers(name: str, ranks: int, recompute: bool) -> None:
     pair, reference = _pair(name, ranks, training=False, requires_grad=False)
+    support.recompute(pair.ours, recompute)
     group, rank = support.group(*range(ranks)), dist.get_rank()
     if rank < ranks:
         shard_rows(pair.ours, group)
@@ -97,6 +104,46 @@ def infers(name: str, ranks: int) -> None:
             outputs = pair.ours(*support.part(pair.arguments, _heights(ranks), rank, 2))
             expected = support.part(reference(*pair.arguments), _heights(ranks), rank, 2)
         support.same(outputs, expected, "outputs")
+
+
+def in_checkpoints() -> None:
+    """The forward pass runs again in backward, collectives included."""
+    pair, reference = _pair("CrossTaskAttention", 2)
+    support.recompute(pair.ours)
+    group, rank = support.group(0, 1), dist.get_rank()
+    if rank > 1:
+        return
+    shard_rows(pair.ours, group)
+    parts = support.part(pair.arguments, _heights(2), rank, 2)
+    outputs = checkpoint(pair.ours, *parts, use_reentrant=False)
+    expected = reference(*pair.arguments)
+    factors = support.weights(expected)
+    support.backward(outputs, support.part(factors, _heights(2), rank, 2))
+    support.backward(expected, factors)
+    gradients = support.part(support.gradients(pair.arguments), _heights(2), rank, 2)
+    support.same(support.gradients(parts), gradients, "gradients of features")
+
+
+def under_autocast(name: str) -> None:
+    """bfloat16 features, float32 parameters: as on whole maps but for rounding."""
+    pair, _ = _pair(name, 2, dtype=torch.float32)
+    support.recompute(pair.ours)
+    whole = copy.deepcopy(pair.ours)
+    group, rank = support.group(0, 1), dist.get_rank()
+    if rank > 1:
+        return
+    shard_rows(pair.ours, group)
+    parts = support.part(pair.arguments, _heights(2), rank, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, expected = pair.ours(*parts), whole(*pair.arguments)
+    factors = support.weights(expected)
+    support.backward(outputs, support.part(factors, _heights(2), rank, 2))
+    support.backward(expected, factors)
+    for ours, theirs in zip(tensors(outputs), tensors(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+    support.same(outputs, support.part(expected, _heights(2), rank, 2), "outputs", 3e-2)
+    gradients = support.part(support.gradients(pair.arguments), _heights(2), rank, 2)
+    support.same(support.gradients(parts), gradients, "gradients of features", 6e-2)
 
 
 def some_norms_are_frozen() -> None:
@@ -109,6 +156,7 @@ def some_norms_are_frozen() -> None:
 
 def sizes_differ_between_tasks() -> None:
     pair, reference = _pair("CrossTaskAttention", 2)
+    support.recompute(pair.ours)
     features = pair.arguments[0]
     features["depth"] = features["depth"][:, :, :7, 1:].detach().requires_grad_()
     compare(pair.ours, pair.theirs, reference, pair.arguments, 2)
@@ -136,11 +184,12 @@ def halos(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         assert one.is_contiguous(memory_format=memory_format)
 
 
-def data_and_rows() -> None:
+def data_and_rows(recompute: bool) -> None:
     """Two halves of the samples, each map of which two ranks share: statistics are of all four."""
     rank = dist.get_rank()
     groups = support.group(0, 1), support.group(2, 3)
     pair, _ = _pair("CrossTaskAttention", 2, batch=3)
+    support.recompute(pair.ours, recompute)
     parallel = DistributedDataParallel(pair.ours)
     ours = nn.SyncBatchNorm.convert_sync_batchnorm(parallel.module)
     shard_rows(ours, groups[rank // 2])
@@ -168,6 +217,7 @@ def data_and_rows() -> None:
 
 def repeats_bit_for_bit() -> None:
     pair, _ = _pair("CrossTaskAttention", 4)
+    support.recompute(pair.ours)
     shard_rows(pair.ours, dist.group.WORLD)
     results = []
     for _ in range(2):
@@ -241,21 +291,27 @@ CASES = [
     *(partial(convolves, widths, 2, True) for widths in [(6, 4), (5, 5)]),
     *(partial(convolves, (6, 4), 4, training) for training in (True, False)),
     *(
-        partial(attends, name, ranks, training=training)
+        partial(attends, name, ranks, recompute, training=training)
         for name in NAMES
         for ranks in (2, 4)
+        for recompute in (True, False)
         for training in (True, False)
     ),
-    *(partial(infers, name, ranks) for name in NAMES for ranks in (2, 4)),
-    *(partial(in_channels_last, name) for name in NAMES),
-    partial(attends, "CrossTaskAttention", 2, momentum=None),
-    partial(
-        attends, "CrossTaskAttention", 2, auxiliary_tasks=("edge", "normals", "semseg", "depth")
+    *(
+        partial(infers, name, ranks, recompute)
+        for name in NAMES
+        for ranks in (2, 4)
+        for recompute in (True, False)
     ),
-    partial(attends, "CrossTaskAttention", 4, batch=1),
+    *(partial(in_channels_last, name) for name in NAMES),
+    partial(attends, "CrossTaskAttention", 2, True, momentum=None),
+    partial(attends, "CrossTaskAttention", 2, True, auxiliary_tasks=("edge", *TASKS)),
+    partial(attends, "CrossTaskAttention", 4, True, batch=1),
+    in_checkpoints,
+    *(partial(under_autocast, name) for name in NAMES),
     some_norms_are_frozen,
     sizes_differ_between_tasks,
-    data_and_rows,
+    *(partial(data_and_rows, recompute) for recompute in (True, False)),
     repeats_bit_for_bit,
     copies_and_whole_maps,
     group_of_norms_is_too_small,
