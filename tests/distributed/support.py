@@ -14,6 +14,8 @@ from modules.support import tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import xattn_kernels
+
 TOLERANCE = 1e-10
 
 
@@ -36,6 +38,12 @@ def recompute(module: nn.Module, value: bool = True) -> None:
     for child in module.modules():
         if hasattr(child, "recompute"):
             child.recompute = value
+
+
+def with_kernels(case: Callable[[], None]) -> None:
+    """Run a case with the engine of choice; without, cases use `reference`."""
+    with xattn_kernels.backend("auto"):
+        case()
 
 
 def part(value: Any, sizes: Callable[[Tensor], Sequence[int]], index: int, dim: int) -> Any:

@@ -157,7 +157,11 @@ CASES = [
     ),
     partial(trains, "CrossTaskAttention", (2, 2), True, momentum=None),
     partial(trains, "CrossTaskAttention", (2, 2), False, kind="softmax", heads=3),
-    *(partial(trains, "CrossTaskAttention", (1, 0, 2), recompute) for recompute in (True, False)),
+    *(
+        partial(support.with_kernels, partial(trains, name, (1, 0, 2), recompute))
+        for name in NAMES
+        for recompute in (True, False)
+    ),
     *(partial(evaluates, name) for name in NAMES),
     some_norms_are_frozen,
     single_value_is_refused,

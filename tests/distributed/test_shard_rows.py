@@ -307,6 +307,12 @@ CASES = [
     partial(attends, "CrossTaskAttention", 2, True, momentum=None),
     partial(attends, "CrossTaskAttention", 2, True, auxiliary_tasks=("edge", *TASKS)),
     partial(attends, "CrossTaskAttention", 4, True, batch=1),
+    *(
+        partial(support.with_kernels, partial(attends, name, 4, recompute, training=training))
+        for name in NAMES
+        for recompute, training in [(True, True), (True, False), (False, True)]
+    ),
+    *(partial(support.with_kernels, partial(infers, name, 2, True)) for name in NAMES),
     in_checkpoints,
     *(partial(under_autocast, name) for name in NAMES),
     some_norms_are_frozen,

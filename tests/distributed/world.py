@@ -27,7 +27,7 @@ GRACE = 5.0
 Case = Callable[[], None]
 
 
-def run(cases: Sequence[Case], limit: float = 180) -> list[str]:
+def run(cases: Sequence[Case], limit: float = 240) -> list[str]:
     """Run functions one after the other on `RANKS` processes; return what failed, with tracebacks.
 
     A rank stops at its first failure; the others, which may wait for it, are killed soon after, and
