@@ -51,7 +51,7 @@ class Preset:
 
 
 _SCALING = ("complexity", "scaling", "linear")
-_OPERATORS = ("cam", "cam_memory", "training", "softmax")
+_OPERATORS = ("alternatives", "limits", "cam", "cam_memory", "training", "softmax")
 _NETWORKS = ("head", "network", "network_training")
 
 _QUICK = Preset("quick", repetitions=15, sample_seconds=0.01, series_seconds=5.0)
@@ -67,9 +67,14 @@ PRESETS = {
             series_seconds=0.0,
             suites=("complexity", "linear"),
         ),
-        replace(_QUICK, suites=("complexity", "scaling", "cam")),
+        replace(_QUICK, suites=("complexity", "scaling", "alternatives", "limits", "cam")),
         replace(_FULL, suites=(*_SCALING, *_OPERATORS, *_NETWORKS)),
-        replace(_FULL, name="gpu", suites=("complexity", "scaling"), device="cuda"),
+        replace(
+            _FULL,
+            name="gpu",
+            suites=("complexity", "scaling", "alternatives", "limits"),
+            device="cuda",
+        ),
         replace(_FULL, name="scaling", suites=_SCALING),
         replace(_FULL, name="network", suites=_NETWORKS),
     )

@@ -4,6 +4,8 @@
 SUITES = (
     "complexity",
     "scaling",
+    "alternatives",
+    "limits",
     "cam",
     "cam_memory",
     "training",

@@ -92,6 +92,23 @@ CASES = (
     single("empty_batch", 5, 6, batch=0),
 )
 
+#: Cross-task attention of four tasks at the scales of an image of 480x640, finest first, for
+#: benchmarks.
+SCALES = tuple(
+    Case(f"scale{s}", Schedule.cross_task(4), (n,) * 4, (n,) * 4, channels=c, batch=1)
+    for s, (n, c) in enumerate(((19200, 36), (4800, 72), (1200, 144), (300, 288)))
+)
+
+#: Cross-scale attention of one of these tasks, adapted to the width of the finest scale.
+CROSS_SCALE = Case(
+    "cross_scale0",
+    Schedule.from_edges([(0, s, s - 1, 0) for s in (1, 2, 3)], num_queries=1),
+    (19200,),
+    (19200, 4800, 1200, 300),
+    channels=36,
+    batch=1,
+)
+
 #: Widths with no common factor of any vector length, and those of the published networks.
 WIDTHS = (1, 6, 17, 18, 33, 36, 48, 72, 144, 288, 384)
 
