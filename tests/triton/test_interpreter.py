@@ -22,6 +22,7 @@ FILES = {
     "softmax.py": 68,
     "pyramid.py": 45,
     "library.py": 28,
+    "tuning.py": 23,
 }
 
 

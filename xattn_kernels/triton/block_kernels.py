@@ -26,6 +26,7 @@ from xattn_kernels.triton.maths import (
     softplus,
     store_tile,
 )
+from xattn_kernels.triton.table_kernel import BASE_NAMES, complete_table
 
 
 @triton.jit
@@ -59,9 +60,47 @@ def _layer(
     return acc
 
 
-@triton.jit(do_not_specialize=["features", "pairs", "starts", "batch_size", "splits", "chunk"])
+@triton.jit(
+    do_not_specialize=[
+        "length", *BASE_NAMES, "features", "pairs", "starts", "batch_size", "splits", "chunk"
+    ]
+)  # fmt: skip
 def source_kernel(
     table,
+    template,
+    length: tl.int32,
+    a0: tl.int64,
+    a1: tl.int64,
+    a2: tl.int64,
+    a3: tl.int64,
+    a4: tl.int64,
+    a5: tl.int64,
+    a6: tl.int64,
+    a7: tl.int64,
+    a8: tl.int64,
+    a9: tl.int64,
+    a10: tl.int64,
+    a11: tl.int64,
+    a12: tl.int64,
+    a13: tl.int64,
+    a14: tl.int64,
+    a15: tl.int64,
+    a16: tl.int64,
+    a17: tl.int64,
+    a18: tl.int64,
+    a19: tl.int64,
+    a20: tl.int64,
+    a21: tl.int64,
+    a22: tl.int64,
+    a23: tl.int64,
+    a24: tl.int64,
+    a25: tl.int64,
+    a26: tl.int64,
+    a27: tl.int64,
+    a28: tl.int64,
+    a29: tl.int64,
+    a30: tl.int64,
+    a31: tl.int64,
     weights,
     biases,
     parts,
@@ -88,7 +127,14 @@ def source_kernel(
     X_VECTOR: tl.constexpr,
     X_WIDE: tl.constexpr,
 ):
-    """parts[start(pair) + split, b]: (C + 1, C) of a chunk that is not empty."""
+    """parts[start(pair) + split, b]: (C + 1, C) of a chunk that is not empty.
+
+    The first kernel of the operator: it completes the table, for those after it as well.
+    """
+    complete_table(
+        table, template, length, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14,
+        a15, a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
     EXACT: tl.constexpr = DOT == "ieee"
     ROW_GROUPS: tl.constexpr = (C + R0 + R1 - 1) // (R0 + R1)
     COLUMN_GROUPS: tl.constexpr = (C + K0 + K1 - 1) // (K0 + K1)

@@ -23,26 +23,41 @@ class Launch(NamedTuple):
 OPTIONS = {"enable_fp_fusion": True}
 
 _recorded: list[Launch] | None = None
+_recorded_for = 90
 
 
 def launch(
     kernel: Any, grid: int, *args: Any, warps: int = 4, stages: int = 2, **constants: Any
-) -> None:
-    """Run ``grid`` programs of a kernel on the current stream; nothing if there are none."""
+) -> Any:
+    """Run ``grid`` programs of a kernel on the current stream; nothing if there are none.
+
+    Returns:
+        The compiled kernel; None where none ran, or the kernel is interpreted.
+    """
     if grid == 0:
-        return
+        return None
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants, warps, stages))
-        return
-    kernel[(grid,)](*args, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
+        return None
+    return kernel[(grid,)](*args, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Have launches listed and not run, in the whole process: for tools that only compile."""
-    global _recorded
-    _recorded, before = [], _recorded
+def recorded(capability: int = 90) -> Iterator[list[Launch]]:
+    """Have launches listed and not run, in the whole process: for tools that only compile.
+
+    Args:
+        capability: the compute capability of the GPU they are for.
+    """
+    global _recorded, _recorded_for
+    before = _recorded, _recorded_for
+    _recorded, _recorded_for = [], capability
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_for = before
+
+
+def recording() -> int | None:
+    """The compute capability for which launches are listed; None if they run."""
+    return None if _recorded is None else _recorded_for

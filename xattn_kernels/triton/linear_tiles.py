@@ -1,4 +1,7 @@
-"""Tile sizes of the kernels of linear cross-attention, by widths and precision."""
+"""Tile sizes of the kernels of linear cross-attention, by widths and precision.
+
+For widths that the shipped table does not have; see :mod:`xattn_kernels.triton.tuning`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class TokenTiles(NamedTuple):
     warps: int
 
 
-def state_tiles(channels: int, value_channels: int, dot: str) -> StateTiles:
+def state_tiles(channels: int, value_channels: int, dot: str, architecture: int = 90) -> StateTiles:
     """For the state kernel: the whole state where it fits in registers, else equal groups."""
     if dot == "ieee":
         columns, rows = _fitting(channels, 80), _fitting(value_channels, 80)
@@ -37,7 +40,9 @@ def state_tiles(channels: int, value_channels: int, dot: str) -> StateTiles:
     return StateTiles(rows, columns, tokens, 8 if area > 6400 or dot == "ieee" else 4)
 
 
-def output_tiles(channels: int, value_channels: int, dot: str) -> TokenTiles:
+def output_tiles(
+    channels: int, value_channels: int, dot: str, architecture: int = 90
+) -> TokenTiles:
     """For the output kernel: all rows of up to 288, so that phi(q) is computed once."""
     limit = 144 if dot == "ieee" else 288
     rows = _fitting(value_channels, limit, groups=((128, 16), (128, 0)))
@@ -45,7 +50,9 @@ def output_tiles(channels: int, value_channels: int, dot: str) -> TokenTiles:
     return TokenTiles(rows, _step(channels, dot), tokens, 4 if sum(rows) <= 80 else 8)
 
 
-def query_gradient_tiles(channels: int, value_channels: int, dot: str) -> TokenTiles:
+def query_gradient_tiles(
+    channels: int, value_channels: int, dot: str, architecture: int = 90
+) -> TokenTiles:
     """For the query gradient kernel, which needs all channels of a token in one program."""
     rows = pieces(channels)
     tokens = 64 if sum(rows) <= 48 else 32 if sum(rows) <= 80 else 16
@@ -53,7 +60,9 @@ def query_gradient_tiles(channels: int, value_channels: int, dot: str) -> TokenT
     return TokenTiles(rows, _step(value_channels, dot), tokens, warps)
 
 
-def source_gradient_tiles(channels: int, value_channels: int, dot: str) -> TokenTiles:
+def source_gradient_tiles(
+    channels: int, value_channels: int, dot: str, architecture: int = 90
+) -> TokenTiles:
     """For the source gradient kernel: groups of one size for keys and values."""
     widths = (channels, value_channels)
     rows = min((64, 32), key=lambda r: sum(ceil_div(w, r) * r for w in widths))

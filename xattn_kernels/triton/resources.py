@@ -67,7 +67,7 @@ class Case(NamedTuple):
     channels: int
     type: str
 
-    def launches(self) -> list[Launch]:
+    def launches(self, capability: int = 90) -> list[Launch]:
         """The launches of a forward and, where there is one, a backward pass; each kind once."""
         schedule = Schedule.cross_task(4)
         dtype = TYPES[self.type]
@@ -79,7 +79,7 @@ class Case(NamedTuple):
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if self.type == "tf32" else "ieee"
         try:
-            with recorded() as found:
+            with recorded(capability) as found:
                 operators()[self.operator].call(slots, schedule)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
@@ -120,8 +120,8 @@ def cases(only: Iterable[str] | None = None) -> list[Case]:
 def rows(chosen: Sequence[Case], capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Compile the kernels of cases; one row for each kernel, constants and architecture."""
     for case in chosen:
-        for launch in case.launches():
-            for capability in capabilities:
+        for capability in capabilities:
+            for launch in case.launches(capability):
                 found = aot.resources(aot.compile_launch(launch, capability))
                 flags = operators()[case.operator].flags
                 yield {

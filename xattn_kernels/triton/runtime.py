@@ -11,6 +11,9 @@ rows of one int64 table in device memory, which a kernel indexes by slot. Where 
   keeps, into memory of the graph's pool. Cached tables are not used there, as a graph may outlive
   them. As ever with Triton, a call with the same shapes must have run before: compiling and loading
   do not go with capturing.
+* :meth:`Table.by_kernel` leaves the table to the first kernel of an operator, which has addresses
+  as arguments and the rest from a template: the same in a graph and outside, and no launch more.
+  Templates depend on shapes alone. One that a graph has used is kept for good.
 """
 
 from __future__ import annotations
@@ -170,6 +173,7 @@ class Table:
 
     def __init__(self) -> None:
         self.values: list[int] = []
+        self._slots: list[tuple[int, Tensor]] = []
 
     def add(self, values: Sequence[int]) -> int:
         """Add numbers."""
@@ -181,6 +185,8 @@ class Table:
         """Add (B, C, N) tensors; a missing one has address 0 and no tokens."""
         start = len(self.values)
         for x in slots:
+            if x is not None:
+                self._slots.append((len(self.values), x))
             self.values.extend((0,) * ROW if x is None else (x.data_ptr(), *x.stride(), x.size(2)))
         return start
 
@@ -212,9 +218,70 @@ class Table:
                 _tables.popitem(last=False)
         return table
 
+    def by_kernel(self, device: torch.device, runs: bool) -> Unwritten:
+        """The table as a kernel with ``complete_table`` writes it before it does anything else.
+
+        Where that kernel has nothing to do, and so does not run, the table is written already.
+        """
+        from xattn_kernels.triton.table_kernel import BASES
+
+        values, numbers = self.values.copy(), dict[int, int]()
+        for place, x in self._slots:
+            base = x.untyped_storage().data_ptr()
+            number = numbers.setdefault(base, len(numbers))
+            values[place] = -1 - (number + BASES * (x.data_ptr() - base))
+        fits = runs and len(numbers) <= BASES
+        template = _template(tuple(values), device) if fits else None
+        if template is None:
+            table = self.on(device)
+            return Unwritten(table, table, 0, *[0] * BASES)
+        bases = [*numbers, *[0] * (BASES - len(numbers))]
+        return Unwritten(torch.empty_like(template), template, len(values), *bases)
+
+
+class Unwritten(tuple[Any, ...]):
+    """The arguments of a kernel that writes a table, which is the first of them."""
+
+    def __new__(cls, *arguments: Any) -> Unwritten:
+        return super().__new__(cls, arguments)
+
+    @property
+    def table(self) -> Tensor:
+        """On the device; complete after the kernel."""
+        table: Tensor = self[0]
+        return table
+
 
 _tables: OrderedDict[Any, Tensor] = OrderedDict()
+_templates: OrderedDict[Any, Tensor] = OrderedDict()
+_kept_templates: dict[Any, Tensor] = {}
 _lock = threading.Lock()
+
+
+def _template(values: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """A template on a device; None if one had to be copied there while a graph is captured."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    key = values, device.index
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        template = _kept_templates.get(key)
+        if template is None:
+            template = _templates.get(key)
+            if template is not None:
+                _templates.move_to_end(key)
+                if capturing:
+                    _kept_templates[key] = template
+    if template is not None or capturing:
+        return template
+    template = torch.tensor(values, dtype=torch.int64).to(device)
+    with _lock:
+        if len(_templates) >= _CACHED_TABLES:
+            torch.cuda.synchronize()  # they may be in use on any stream
+            while len(_templates) >= _CACHED_TABLES:
+                _templates.popitem(last=False)
+        _templates[key] = template
+    return template
 
 
 def _write(values: Sequence[int], device: torch.device) -> Tensor:

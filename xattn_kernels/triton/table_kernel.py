@@ -1,5 +1,10 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,no-untyped-call"
-"""A kernel that writes its arguments to memory: the only copy from the host that a graph keeps."""
+"""Tables written by kernels from their arguments: the only copy from the host that a graph keeps.
+
+* ``write_kernel`` writes its arguments, whatever they are.
+* ``complete_table`` is for the first kernel of an operator, which so needs no launch before it: a
+  table made from a template, which depends on shapes alone, and the addresses of this call.
+"""
 
 from __future__ import annotations
 
@@ -145,3 +150,93 @@ def write_kernel(
     tl.store(row + 61, a61)
     tl.store(row + 62, a62)
     tl.store(row + 63, a63)
+
+
+#: Addresses that a kernel takes to complete a table, and the names of these arguments.
+BASES = 32
+BASE_NAMES = tuple(f"a{i}" for i in range(BASES))
+
+
+@triton.jit
+def complete_table(
+    table,
+    template,
+    length,
+    a0,
+    a1,
+    a2,
+    a3,
+    a4,
+    a5,
+    a6,
+    a7,
+    a8,
+    a9,
+    a10,
+    a11,
+    a12,
+    a13,
+    a14,
+    a15,
+    a16,
+    a17,
+    a18,
+    a19,
+    a20,
+    a21,
+    a22,
+    a23,
+    a24,
+    a25,
+    a26,
+    a27,
+    a28,
+    a29,
+    a30,
+    a31,
+):
+    """Copy a template, where -1 - (i + 32 k) stands for an address k bytes behind the i-th base.
+
+    Every program does so by itself and then sees what it has written: all write the same.
+    """
+    for start in range(0, length, 128):
+        place = start + tl.arange(0, 128)
+        value = tl.load(template + place, mask=place < length, other=0)
+        code = -1 - value
+        number = code % 32
+        base = tl.zeros([128], tl.int64)
+        base = tl.where(number == 0, a0, base)
+        base = tl.where(number == 1, a1, base)
+        base = tl.where(number == 2, a2, base)
+        base = tl.where(number == 3, a3, base)
+        base = tl.where(number == 4, a4, base)
+        base = tl.where(number == 5, a5, base)
+        base = tl.where(number == 6, a6, base)
+        base = tl.where(number == 7, a7, base)
+        base = tl.where(number == 8, a8, base)
+        base = tl.where(number == 9, a9, base)
+        base = tl.where(number == 10, a10, base)
+        base = tl.where(number == 11, a11, base)
+        base = tl.where(number == 12, a12, base)
+        base = tl.where(number == 13, a13, base)
+        base = tl.where(number == 14, a14, base)
+        base = tl.where(number == 15, a15, base)
+        base = tl.where(number == 16, a16, base)
+        base = tl.where(number == 17, a17, base)
+        base = tl.where(number == 18, a18, base)
+        base = tl.where(number == 19, a19, base)
+        base = tl.where(number == 20, a20, base)
+        base = tl.where(number == 21, a21, base)
+        base = tl.where(number == 22, a22, base)
+        base = tl.where(number == 23, a23, base)
+        base = tl.where(number == 24, a24, base)
+        base = tl.where(number == 25, a25, base)
+        base = tl.where(number == 26, a26, base)
+        base = tl.where(number == 27, a27, base)
+        base = tl.where(number == 28, a28, base)
+        base = tl.where(number == 29, a29, base)
+        base = tl.where(number == 30, a30, base)
+        base = tl.where(number == 31, a31, base)
+        value = tl.where(value < 0, base + code // 32, value)
+        tl.store(table + place, value, mask=place < length)
+    tl.debug_barrier()

@@ -114,7 +114,9 @@ def test_wide_kernels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "is_fused", lambda *_: True)
     for name in ("source_tiles", "target_tiles"):
         tiles = getattr(engine, name)
-        monkeypatch.setattr(engine, name, lambda width, _, tiles=tiles: tiles(width, "bf16"))
+        monkeypatch.setattr(
+            engine, name, lambda width, _, arch, tiles=tiles: tiles(width, "bf16", arch)
+        )
     edges = Schedule.from_edges([(0, 1, 0, 0)], num_queries=2)
     judge(Block("wide", edges, (5, 9), channels=channels, batch=1), torch.float32)
 

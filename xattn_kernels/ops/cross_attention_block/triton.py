@@ -19,8 +19,13 @@ from torch import Tensor
 from xattn_kernels.ops.features import describe
 from xattn_kernels.ops.linear_cross_attention import triton as linear
 from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime
-from xattn_kernels.triton.block_tiles import source_tiles, target_tiles
+from xattn_kernels.triton import runtime, tuning
+from xattn_kernels.triton.block_tiles import (
+    SourceTiles,
+    TargetTiles,
+    source_tiles,
+    target_tiles,
+)
 from xattn_kernels.triton.launch import launch
 from xattn_kernels.triton.runtime import (
     Table,
@@ -104,16 +109,16 @@ def forward(
         "SIZE": features[0].element_size(),
         **layout_constants(X=layout(features)),
     }
-    with runtime.device_of(features[0]):
-        from xattn_kernels.triton.block_kernels import source_kernel, target_kernel
+    output_layout = layout(outputs)
 
-        on_device = table.on(features[0].device)
-        tiles = source_tiles(channels, dot)
+    def start_sources(tiles: SourceTiles) -> Any:
+        from xattn_kernels.triton.block_kernels import source_kernel
+
         groups = ceil_div(channels, sum(tiles.rows)) * ceil_div(channels, sum(tiles.columns))
-        launch(
+        return launch(
             source_kernel,
             groups * chunks.per_slot * batch * len(sources),
-            on_device,
+            *unwritten,
             weights,
             biases,
             chunks.sums,
@@ -132,13 +137,15 @@ def forward(
             BN=tiles.tokens,
             warps=tiles.warps,
         )
-        chunks.reduce(on_device, by_output, len(outputs), None, None, state_s, state_z)
-        target = target_tiles(channels, dot)
-        steps = blocks([features[slot].size(2) for slot, _ in targets], target.tokens)
-        launch(
+
+    def start_targets(tiles: TargetTiles) -> Any:
+        from xattn_kernels.triton.block_kernels import target_kernel
+
+        steps = blocks([features[slot].size(2) for slot, _ in targets], tiles.tokens)
+        return launch(
             target_kernel,
             steps * batch * len(targets),
-            on_device,
+            unwritten.table,
             weights,
             biases,
             state_s,
@@ -151,12 +158,27 @@ def forward(
             steps,
             eps,
             **constants,
-            **layout_constants(O=layout(outputs)),
-            BR=target.rows,
-            BK=target.hidden,
-            BM=target.tokens,
-            warps=target.warps,
+            **layout_constants(O=output_layout),
+            BR=tiles.rows,
+            BK=tiles.hidden,
+            BM=tiles.tokens,
+            warps=tiles.warps,
         )
+
+    def task(kernel: str, slots: Sequence[tuple[int, int]], *details: str) -> tuning.Task:
+        longest = max((features[slot].size(2) for slot, _ in slots), default=0)
+        details = (str(dtype), constants["X_MINOR"], *details)
+        return tuning.Task(
+            f"block {kernel}", (channels,), dot, details, longest, batch * len(slots)
+        )
+
+    device = features[0].device
+    with runtime.device_of(features[0]):
+        unwritten = table.by_kernel(device, runs=chunks.per_slot > 0)
+        tuning.run(task("source", sources), source_tiles, start_sources, device)
+        chunks.reduce(unwritten.table, by_output, len(outputs), None, None, state_s, state_z)
+        target_task = task("target", targets, output_layout.minor)
+        tuning.run(target_task, target_tiles, start_targets, device)
 
 
 def is_fused(channels: int, dot: str) -> bool:

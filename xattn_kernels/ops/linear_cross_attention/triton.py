@@ -17,15 +17,17 @@ from xattn_kernels.ops.features import group_by_output
 from xattn_kernels.ops.library import place_gradients
 from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
 from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime
+from xattn_kernels.triton import runtime, tuning
 from xattn_kernels.triton.launch import launch
 from xattn_kernels.triton.linear_tiles import (
+    StateTiles,
+    TokenTiles,
     output_tiles,
     query_gradient_tiles,
     source_gradient_tiles,
     state_tiles,
 )
-from xattn_kernels.triton.runtime import Table, blocks, ceil_div, layout, layout_constants
+from xattn_kernels.triton.runtime import Layout, Table, blocks, ceil_div, layout, layout_constants
 from xattn_kernels.triton.states import Chunks
 
 
@@ -154,6 +156,19 @@ class _Call:
     def upload(self) -> None:
         self.device_table = self.table.on(self.device)
 
+    def task(
+        self, kernel: str, slots: Sequence[Tensor | None], *details: Layout | bool
+    ) -> tuning.Task:
+        tokens = [x.size(2) for x in slots if x is not None]
+        return tuning.Task(
+            f"linear {kernel}",
+            (self.channels, self.value_channels),
+            self.dot,
+            (self.constants["SIZE"], *(x.minor if isinstance(x, Layout) else x for x in details)),
+            max(tokens, default=0),
+            self.batch * len(tokens),
+        )
+
 
 class _States:
     """Sums over tokens of slots: their chunks, and states made of these."""
@@ -169,7 +184,8 @@ class _States:
         self.weights = weights
         tokens = [0 if v is None else k.size(2) for k, v in zip(keys, values, strict=True)]
         self.chunks = Chunks(call.table, tokens, call.batch, call.value_channels, keys[0])
-        self.keys, self.values = call.table.add_slots(keys), call.table.add_slots(values)
+        self.keys = keys
+        self.rows = call.table.add_slots(keys), call.table.add_slots(values)
         self.layouts = layout(keys), layout(values)
 
     def compute(self) -> None:
@@ -177,32 +193,36 @@ class _States:
         from xattn_kernels.triton.linear_kernels import state_kernel
 
         call, chunks = self.call, self.chunks
-        tiles = state_tiles(call.channels, call.value_channels, call.dot)
-        groups = ceil_div(call.channels, sum(tiles.columns))
-        groups *= ceil_div(call.value_channels, sum(tiles.rows))
-        launch(
-            state_kernel,
-            groups * chunks.per_slot * call.batch * chunks.slots,
-            call.device_table,
-            chunks.sums if self.weights is None else self.weights,
-            chunks.sums,
-            self.keys,
-            self.values,
-            chunks.starts,
-            call.batch,
-            chunks.per_slot,
-            chunks.size,
-            0 if self.weights is None else self.weights.size(3),
-            **call.constants,
-            R0=tiles.rows[0],
-            R1=tiles.rows[1],
-            C0=tiles.columns[0],
-            C1=tiles.columns[1],
-            BN=tiles.tokens,
-            WEIGHTED=self.weights is not None,
-            **layout_constants(K=self.layouts[0], V=self.layouts[1]),
-            warps=tiles.warps,
-        )
+
+        def start(tiles: StateTiles) -> Any:
+            groups = ceil_div(call.channels, sum(tiles.columns))
+            groups *= ceil_div(call.value_channels, sum(tiles.rows))
+            return launch(
+                state_kernel,
+                groups * chunks.per_slot * call.batch * chunks.slots,
+                call.device_table,
+                chunks.sums if self.weights is None else self.weights,
+                chunks.sums,
+                self.rows[0],
+                self.rows[1],
+                chunks.starts,
+                call.batch,
+                chunks.per_slot,
+                chunks.size,
+                0 if self.weights is None else self.weights.size(3),
+                **call.constants,
+                R0=tiles.rows[0],
+                R1=tiles.rows[1],
+                C0=tiles.columns[0],
+                C1=tiles.columns[1],
+                BN=tiles.tokens,
+                WEIGHTED=self.weights is not None,
+                **layout_constants(K=self.layouts[0], V=self.layouts[1]),
+                warps=tiles.warps,
+            )
+
+        task = call.task("state", self.keys, *self.layouts, self.weights is not None)
+        tuning.run(task, state_tiles, start, call.device)
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
         """As :meth:`Chunks.reduce`."""
@@ -220,28 +240,32 @@ def _outputs(
 ) -> None:
     from xattn_kernels.triton.linear_kernels import output_kernel
 
-    tiles = output_tiles(call.channels, call.value_channels, call.dot)
-    steps = blocks([q.size(2) for q in queries], tiles.tokens)
-    groups = ceil_div(call.value_channels, sum(tiles.rows))
-    launch(
-        output_kernel,
-        groups * steps * call.batch * len(queries),
-        call.device_table,
-        state_s,
-        state_z,
-        query_rows,
-        output_rows,
-        call.batch,
-        steps,
-        call.eps,
-        **call.constants,
-        R0=tiles.rows[0],
-        R1=tiles.rows[1],
-        BK=tiles.step,
-        BM=tiles.tokens,
-        **layout_constants(Q=layout(queries), O=layout(outputs)),
-        warps=tiles.warps,
-    )
+    layouts = {"Q": layout(queries), "O": layout(outputs)}
+
+    def start(tiles: TokenTiles) -> Any:
+        steps = blocks([q.size(2) for q in queries], tiles.tokens)
+        groups = ceil_div(call.value_channels, sum(tiles.rows))
+        return launch(
+            output_kernel,
+            groups * steps * call.batch * len(queries),
+            call.device_table,
+            state_s,
+            state_z,
+            query_rows,
+            output_rows,
+            call.batch,
+            steps,
+            call.eps,
+            **call.constants,
+            R0=tiles.rows[0],
+            R1=tiles.rows[1],
+            BK=tiles.step,
+            BM=tiles.tokens,
+            **layout_constants(**layouts),
+            warps=tiles.warps,
+        )
+
+    tuning.run(call.task("output", queries, *layouts.values()), output_tiles, start, call.device)
 
 
 def _query_gradients(
@@ -257,29 +281,34 @@ def _query_gradients(
 ) -> None:
     from xattn_kernels.triton.linear_gradient_kernels import query_gradient_kernel
 
-    tiles = query_gradient_tiles(call.channels, call.value_channels, call.dot)
-    steps = blocks([q.size(2) for q in query], tiles.tokens)
-    launch(
-        query_gradient_kernel,
-        steps * call.batch * len(query),
-        call.device_table,
-        state_s,
-        state_z,
-        weights,
-        *rows,
-        lists,
-        call.batch,
-        steps,
-        weights.size(3),
-        call.eps,
-        **call.constants,
-        C0=tiles.rows[0],
-        C1=tiles.rows[1],
-        BK=tiles.step,
-        BM=tiles.tokens,
-        **layout_constants(Q=layout(query), G=layout(grad_outputs), R=layout(query_grads)),
-        warps=tiles.warps,
-    )
+    layouts = {"Q": layout(query), "G": layout(grad_outputs), "R": layout(query_grads)}
+
+    def start(tiles: TokenTiles) -> Any:
+        steps = blocks([q.size(2) for q in query], tiles.tokens)
+        return launch(
+            query_gradient_kernel,
+            steps * call.batch * len(query),
+            call.device_table,
+            state_s,
+            state_z,
+            weights,
+            *rows,
+            lists,
+            call.batch,
+            steps,
+            weights.size(3),
+            call.eps,
+            **call.constants,
+            C0=tiles.rows[0],
+            C1=tiles.rows[1],
+            BK=tiles.step,
+            BM=tiles.tokens,
+            **layout_constants(**layouts),
+            warps=tiles.warps,
+        )
+
+    task = call.task("query_gradient", query, *layouts.values())
+    tuning.run(task, query_gradient_tiles, start, call.device)
 
 
 def _source_gradients(
@@ -292,24 +321,29 @@ def _source_gradients(
     from xattn_kernels.triton.linear_gradient_kernels import source_gradient_kernel
 
     key, value, key_grads, value_grads = slots
-    tiles = source_gradient_tiles(call.channels, call.value_channels, call.dot)
-    steps = blocks([0 if k is None else k.size(2) for k in key], tiles.tokens)
-    groups = sum(ceil_div(w, tiles.rows[0]) for w in (call.channels, call.value_channels))
-    launch(
-        source_gradient_kernel,
-        groups * steps * call.batch * len(key),
-        call.device_table,
-        grad_s,
-        grad_z,
-        *rows,
-        call.batch,
-        steps,
-        **call.constants,
-        BR=tiles.rows[0],
-        BK=tiles.step,
-        BN=tiles.tokens,
-        **layout_constants(
-            K=layout(key), V=layout(value), DK=layout(key_grads), DV=layout(value_grads)
-        ),
-        warps=tiles.warps,
-    )
+    layouts = {
+        "K": layout(key), "V": layout(value), "DK": layout(key_grads), "DV": layout(value_grads)
+    }  # fmt: skip
+
+    def start(tiles: TokenTiles) -> Any:
+        steps = blocks([0 if k is None else k.size(2) for k in key], tiles.tokens)
+        groups = sum(ceil_div(w, tiles.rows[0]) for w in (call.channels, call.value_channels))
+        return launch(
+            source_gradient_kernel,
+            groups * steps * call.batch * len(key),
+            call.device_table,
+            grad_s,
+            grad_z,
+            *rows,
+            call.batch,
+            steps,
+            **call.constants,
+            BR=tiles.rows[0],
+            BK=tiles.step,
+            BN=tiles.tokens,
+            **layout_constants(**layouts),
+            warps=tiles.warps,
+        )
+
+    task = call.task("source_gradient", key, *layouts.values())
+    tuning.run(task, source_gradient_tiles, start, call.device)

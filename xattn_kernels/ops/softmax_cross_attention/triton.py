@@ -6,7 +6,7 @@ group are read where they are. All sums are in float32 and in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from xattn_kernels.ops.features import group_by_output
 from xattn_kernels.ops.library import place_gradients
 from xattn_kernels.ops.softmax_cross_attention.op import Result, allocate, allocate_gradients
 from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime
+from xattn_kernels.triton import runtime, tuning
 from xattn_kernels.triton.launch import launch
 from xattn_kernels.triton.runtime import (
     Layout,
@@ -25,7 +25,13 @@ from xattn_kernels.triton.runtime import (
     pieces,
     programs,
 )
-from xattn_kernels.triton.softmax_tiles import forward_tiles, gradient_tiles, source_tiles
+from xattn_kernels.triton.softmax_tiles import (
+    SourceTiles,
+    Tiles,
+    forward_tiles,
+    query_gradient_tiles,
+    source_gradient_tiles,
+)
 
 #: Queries and channels a step of the kernel that multiplies outputs by their gradients.
 _DELTA_QUERIES, _DELTA_STEP = 128, 16
@@ -56,21 +62,26 @@ def forward(
     lse_row = table.add([x.data_ptr() for x in lse])
     width, value_width = query[0].size(1) // heads, value[0].size(1) // heads
     dot = runtime.precision(query[0].dtype)
-    tiles = forward_tiles(width, value_width, dot)
-    steps = blocks([q.size(2) for q in queries], tiles.queries)
     first, second = pieces(value_width)
-    with runtime.device_of(query[0]):
+    layouts = {
+        name: _layout(slots, heads)
+        for name, slots in (("Q", queries), ("K", key), ("V", value), ("O", outputs))
+    }
+    batch, device = query[0].size(0), query[0].device
+
+    def start(tiles: Tiles) -> Any:
         from xattn_kernels.triton.softmax_kernels import forward_kernel
 
-        works = steps * heads * query[0].size(0) * len(groups)
-        launch(
+        steps = blocks([q.size(2) for q in queries], tiles.queries)
+        works = steps * heads * batch * len(groups)
+        return launch(
             forward_kernel,
-            programs(works, tiles.warps, query[0].device),
-            table.on(query[0].device),
+            programs(works, tiles.warps, device),
+            on_device,
             *rows,
             lists,
             lse_row,
-            query[0].size(0),
+            batch,
             steps,
             works,
             scale,
@@ -84,14 +95,14 @@ def forward(
             BN=tiles.keys,
             UNROLL=tiles.unroll,
             DOT=dot,
-            **layout_constants(
-                Q=_layout(queries, heads),
-                K=_layout(key, heads),
-                V=_layout(value, heads),
-                O=_layout(outputs, heads),
-            ),
+            **layout_constants(**layouts),
             warps=tiles.warps,
         )
+
+    task = _task("forward", queries, (width, value_width), dot, heads, layouts.values())
+    with runtime.device_of(query[0]):
+        on_device = table.on(device)
+        tuning.run(task, forward_tiles, start, device)
     return outputs, lse
 
 
@@ -152,30 +163,103 @@ def backward(
     }
     width, value_width = query[0].size(1) // heads, value[0].size(1) // heads
     dot = runtime.precision(query[0].dtype)
-    tiles = gradient_tiles(width, value_width, dot)
+    widths, device = (width, value_width), query[0].device
+    layouts = {
+        name: _layout(slots, heads)
+        for name, slots in (("Q", query), ("K", key), ("V", value), ("G", grad_output))
+    }
     # Two tiles of float32 features in flight would be more shared memory than consumer cards have.
     stages = 1 if dot == "tf32" and query[0].element_size() == 4 else 2
-    shared: dict[str, Any] = {
-        **_constants(query[0], heads),
-        "V": value_width,
-        **layout_constants(G=_layout(grad_output, heads)),
-    }
+    shared: dict[str, Any] = {**_constants(query[0], heads), "V": value_width}
     products: dict[str, Any] = {
         **shared,
         "D": width,
-        "BK": tiles.step,
-        "UNROLL": tiles.unroll,
         "DOT": dot,
-        **layout_constants(Q=_layout(query, heads), K=_layout(key, heads), V=_layout(value, heads)),
+        **layout_constants(**layouts),
     }
-    with runtime.device_of(query[0]):
-        from xattn_kernels.triton.softmax_gradient_kernels import (
-            delta_kernel,
+    result_layouts = [_layout(x, heads) for x in (query_grads, key_grads, value_grads)]
+    d_pieces, v_pieces = pieces(width), pieces(value_width)
+
+    def start_queries(tiles: Tiles) -> Any:
+        from xattn_kernels.triton.softmax_gradient_kernels import query_gradient_kernel
+
+        steps = blocks([q.size(2) for q in query], tiles.queries)
+        works = steps * heads * batch * len(query)
+        return launch(
             query_gradient_kernel,
-            source_gradient_kernel,
+            programs(works, tiles.warps, device),
+            on_device,
+            delta,
+            *(row[name] for name in ("query", "key", "value", "gradient", "dq")),
+            by_query,
+            by_output,
+            lse_row,
+            batch,
+            steps,
+            works,
+            delta.size(3),
+            scale,
+            **products,
+            BK=tiles.step,
+            UNROLL=tiles.unroll,
+            BM=tiles.queries,
+            BN=tiles.keys,
+            D0=d_pieces[0],
+            D1=d_pieces[1],
+            **layout_constants(R=result_layouts[0]),
+            warps=tiles.warps,
+            stages=stages,
         )
 
-        on_device = table.on(query[0].device)
+    with_keys = any(x is not None for x in key_grads)
+    with_values = any(x is not None for x in value_grads)
+
+    def start_sources(tiles: SourceTiles) -> Any:
+        from xattn_kernels.triton.softmax_gradient_kernels import source_gradient_kernel
+
+        parts = [(with_keys, False), (False, with_values)]
+        if tiles.together:
+            parts = [(with_keys, with_values)]
+        steps = blocks([k.size(2) for k in key], tiles.keys)
+        works = steps * heads * batch * len(key)
+        compiled = None
+        for keys_now, values_now in parts:
+            if not (keys_now or values_now):
+                continue
+            compiled = launch(
+                source_gradient_kernel,
+                programs(works, tiles.warps, device),
+                on_device,
+                delta,
+                *(row[name] for name in ("queries", "key", "value", "gradient", "dk", "dv")),
+                by_source,
+                lse_row,
+                batch,
+                steps,
+                works,
+                delta.size(3),
+                scale,
+                **products,
+                BK=tiles.step,
+                UNROLL=tiles.unroll,
+                BM=tiles.queries,
+                BN=tiles.keys,
+                D0=d_pieces[0],
+                D1=d_pieces[1],
+                V0=v_pieces[0],
+                V1=v_pieces[1],
+                WITH_KEYS=keys_now,
+                WITH_VALUES=values_now,
+                **layout_constants(DK=result_layouts[1], DV=result_layouts[2]),
+                warps=tiles.warps,
+                stages=stages,
+            )
+        return compiled
+
+    with runtime.device_of(query[0]):
+        from xattn_kernels.triton.softmax_gradient_kernels import delta_kernel
+
+        on_device = table.on(device)
         steps = blocks([q.size(2) for q in queries], _DELTA_QUERIES)
         launch(
             delta_kernel,
@@ -191,74 +275,33 @@ def backward(
             **shared,
             BK=_DELTA_STEP,
             BM=_DELTA_QUERIES,
-            **layout_constants(O=_layout(output, heads)),
+            **layout_constants(O=_layout(output, heads), G=layouts["G"]),
         )
         if any(x is not None for x in query_grads):
-            steps = blocks([q.size(2) for q in query], tiles.queries)
-            first, second = pieces(width)
-            works = steps * heads * batch * len(query)
-            launch(
-                query_gradient_kernel,
-                programs(works, tiles.warps, query[0].device),
-                on_device,
-                delta,
-                *(row[name] for name in ("query", "key", "value", "gradient", "dq")),
-                by_query,
-                by_output,
-                lse_row,
-                batch,
-                steps,
-                works,
-                delta.size(3),
-                scale,
-                **products,
-                BM=tiles.queries,
-                BN=tiles.keys,
-                D0=first,
-                D1=second,
-                **layout_constants(R=_layout(query_grads, heads)),
-                warps=tiles.warps,
-                stages=stages,
-            )
-        with_keys = any(x is not None for x in key_grads)
-        with_values = any(x is not None for x in value_grads)
-        parts = [(with_keys, with_values)]
-        if not tiles.together:
-            parts = [(with_keys, False), (False, with_values)]
-        tiles = source_tiles(tiles)
-        steps = blocks([k.size(2) for k in key], tiles.keys)
-        (d_first, d_second), (v_first, v_second) = pieces(width), pieces(value_width)
-        for keys_now, values_now in parts:
-            if not (keys_now or values_now):
-                continue
-            works = steps * heads * batch * len(key)
-            launch(
-                source_gradient_kernel,
-                programs(works, tiles.warps, query[0].device),
-                on_device,
-                delta,
-                *(row[name] for name in ("queries", "key", "value", "gradient", "dk", "dv")),
-                by_source,
-                lse_row,
-                batch,
-                steps,
-                works,
-                delta.size(3),
-                scale,
-                **products,
-                BM=tiles.queries,
-                BN=tiles.keys,
-                D0=d_first,
-                D1=d_second,
-                V0=v_first,
-                V1=v_second,
-                WITH_KEYS=keys_now,
-                WITH_VALUES=values_now,
-                **layout_constants(DK=_layout(key_grads, heads), DV=_layout(value_grads, heads)),
-                warps=tiles.warps,
-                stages=stages,
-            )
+            read = (*layouts.values(), result_layouts[0])
+            task = _task("query_gradient", query, widths, dot, heads, read)
+            tuning.run(task, query_gradient_tiles, start_queries, device)
+        if with_keys or with_values:
+            read = (*layouts.values(), *result_layouts[1:])
+            task = _task("source_gradient", key, widths, dot, heads, read, with_keys, with_values)
+            tuning.run(task, source_gradient_tiles, start_sources, device)
     return gradients
+
+
+def _task(
+    kernel: str,
+    slots: Sequence[Tensor],
+    widths: tuple[int, int],
+    dot: str,
+    heads: int,
+    layouts: Iterable[Layout],
+    *flags: bool,
+) -> tuning.Task:
+    minors = [x.minor for x in layouts]
+    longest = max(x.size(2) for x in slots)
+    rows = slots[0].size(0) * len(slots)
+    details: tuple[str | int | bool, ...] = (slots[0].element_size(), heads, *minors, *flags)
+    return tuning.Task(f"softmax {kernel}", widths, dot, details, longest, rows)
 
 
 def _constants(query: Tensor, heads: int) -> dict[str, Any]:
