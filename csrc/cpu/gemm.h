@@ -81,6 +81,7 @@ struct Product {
   const Real* column_bias = nullptr;  // n values
   Activation activation = Activation::kNone;
   ptrdiff_t a_column = 1;  // kAccumulate: elements between columns of A, so that A may be m-major
+  ptrdiff_t a_jump = 0;    // kAccumulate: elements that A goes on by more after every kPanel k, which are a panel
 };
 
 template <class Op, Output kOutput, int kM, int kV, class Element>
@@ -104,18 +105,22 @@ __attribute__((noinline)) void register_tile(const Product<Op>& p, int64_t k0, i
   }
   const ptrdiff_t a_row = p.a.row, b_row = p.b.row;
   const ptrdiff_t a_column = kOutput == Output::kAccumulate ? p.a_column : 1;
-  const Unit* a = p.a.data + m / kWidth * p.a.panel + m % kWidth * a_column + k0 * a_row;
+  const Unit* a = p.a.data + m / kWidth * p.a.panel + m % kWidth * a_column + k0 * a_row + k0 / kWidth * p.a_jump;
   const Unit* b = p.b.data + n / kWidth * p.b.panel + k0 * b_row;
-  for (int64_t k = k0; k < k1; ++k, a += a_row, b += b_row) {
-    Vec<Unit> right[kV];
+  const int64_t stretch = kOutput == Output::kAccumulate && p.a_jump != 0 ? kWidth : k1 - k0;
+  for (int64_t k = k0; k < k1; a += p.a_jump) {
+    for (const int64_t end = min64(k + stretch, k1); k < end; ++k, a += a_row, b += b_row) {
+      Vec<Unit> right[kV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) right[v] = load(b + v * kW);
+      for (int v = 0; v < kV; ++v) right[v] = load(b + v * kW);
 #pragma GCC unroll 8
-    for (int i = 0; i < kM; ++i) {
-      const Vec<Unit> left = splat(a[i * a_column]);
+      for (int i = 0; i < kM; ++i) {
+        const Vec<Unit> left = splat(a[i * a_column]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) sum[i][v] = Op::multiply_add(sum[i][v], left, right[v]);
+        for (int v = 0; v < kV; ++v) sum[i][v] = Op::multiply_add(sum[i][v], left, right[v]);
+      }
     }
+    if constexpr (kOutput != Output::kAccumulate) break;
   }
   const Vec<Real> zero{};
   if constexpr (kOutput == Output::kUnits || kOutput == Output::kColumnUnits) {
@@ -187,7 +192,8 @@ void multiply(const Product<Op>& p, Panels<Element> c) {
   constexpr int kW = kLanes<typename Op::Real>;
   // A long sum is cut, so that the rows of A and B stay in the first-level cache for all of C; each part
   // is summed from zero, which also keeps rounding errors from growing with the number of terms.
-  constexpr int64_t kBlock = kOutput == Output::kAccumulate ? 128 : INT64_MAX;
+  constexpr int64_t kBlock = kOutput == Output::kAccumulate ? 144 : INT64_MAX;
+  static_assert(kOutput != Output::kAccumulate || kBlock % kPanel<Op> == 0, "a block is of whole panels");
   for (int64_t k0 = 0; k0 < p.k;) {
     const int64_t k1 = p.k - k0 > kBlock ? k0 + kBlock : p.k;
     for (int64_t n = 0; n < p.n; n += kPanel<Op>) {

@@ -21,24 +21,19 @@ constexpr int64_t kTrainingTileBytes = 64 * 1024;  // of one matrix of a tile
 constexpr int64_t kTrainingPieces = 64;            // about how many all slots together are cut into
 constexpr int64_t kTrainingTasks = 32;             // below this many, pairs of a slot may become tasks of their own
 
-// Copies of C x C matrices with padded rows, transposed where a product needs it.
+// Transposes of C x C matrices, with padded rows.
 template <class Op>
-class Copies {
+class Transposed {
  public:
   using Real = typename Op::Real;
-  Copies(const void* from, int64_t count, int64_t channels, bool transposed, int threads)
+  Transposed(const void* from, int64_t count, int64_t channels, int threads)
       : channels_(channels),
         size_(channels * row_length<Op>(channels)),
         memory_(sizeof(Real) * static_cast<size_t>(count * size_ + kLanes<Real>)),
         data_(reinterpret_cast<Real*>(memory_.data())) {
     parallel_for(count, threads, [&](int64_t index, int) {
-      const Real* source = static_cast<const Real*>(from) + index * channels * channels;
-      const Panels<Real> to = row_major<Op>(data_ + index * size_, channels);
-      if (transposed) return transpose(source, to);
-      for (int64_t i = 0; i < channels; ++i) {
-        std::memcpy(to.data + i * to.row, source + i * channels, sizeof(Real) * static_cast<size_t>(channels));
-        for (int64_t j = channels; j < to.row; ++j) to.data[i * to.row + j] = Real(0);
-      }
+      transpose(static_cast<const Real*>(from) + index * channels * channels,
+                row_major<Op>(data_ + index * size_, channels));
     });
   }
   Panels<const Real> operator[](int64_t i) const { return constant(row_major<Op>(data_ + i * size_, channels_)); }
@@ -187,6 +182,10 @@ class Training {
     for (int64_t n = piece.begin; n < end; n += step) body(n, min64(step, end - n));
   }
 
+  // A contiguous matrix as the broadcast factor of a product over its rows.
+  Constant matrix(const void* matrices, int64_t i) const {
+    return {static_cast<const Real*>(matrices) + i * channels_ * channels_, channels_, kPanel<Op>};
+  }
   const Real* vector(const void* vectors, int64_t i) const { return static_cast<const Real*>(vectors) + i * channels_; }
 
   // Calls body(place in a matrix, token) for every vector of row c.
@@ -239,15 +238,10 @@ class Training {
   }
   // to += sum over tokens of left right^T, right with tokens as rows.
   void add_outer(Matrix left, Matrix right, int64_t count, Real* to) const {
-    for (int64_t n = 0; n < count; n += kPanel<Op>) {
-      Product<Op> product{channels_,
-                          channels_,
-                          min64(kPanel<Op>, count - n),
-                          {column<Op>(left, n), 1, kPanel<Op> * kPanel<Op>},
-                          {right.data + n * right.row, right.row, right.panel}};
-      product.a_column = left.row;
-      multiply<Op, Output::kAccumulate>(product, row_major<Op>(to, channels_));
-    }
+    Product<Op> product{channels_, channels_, count, {left.data, 1, kPanel<Op> * left.row}, constant(right)};
+    product.a_column = left.row;
+    product.a_jump = left.panel - kPanel<Op>;
+    multiply<Op, Output::kAccumulate>(product, row_major<Op>(to, channels_));
   }
 
   // q^ or k^ and their slopes from the normalised second layer; what is not wanted is not written.

@@ -7,6 +7,8 @@ namespace xattn {
 namespace XATTN_ISA {
 namespace {
 
+enum class Slope { kStored, kAlone, kWithValue };
+
 template <class Op>
 class Backward : Training<Op> {
   using Base = Training<Op>;
@@ -25,10 +27,8 @@ class Backward : Training<Op> {
   Backward(const TrainingProblem& problem, int64_t layers, int threads)
       : Base(problem, false, threads),
         layers_(layers),
-        states_(layers == 1 ? problem.outputs.size() : problem.pairs.size()),
-        first_(problem.first, layers * problem.pairs.size(), problem.channels, true, threads),
-        second_(problem.second, problem.pairs.size(), problem.channels, true, threads),
-        state_(problem.state_s, states_ * problem.batch, problem.channels, false, threads) {}
+        first_(problem.first, layers * problem.pairs.size(), problem.channels, threads),
+        second_(problem.second, problem.pairs.size(), problem.channels, threads) {}
 
   void target_sums(const TrainingResults& results) const {
     const int64_t C = channels_, outputs = p_.outputs.size();
@@ -47,7 +47,7 @@ class Backward : Training<Op> {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pair = p_.pairs.members[i];
           query_gradient(piece, pair, n, count, t, &states);
-          add_sums(count, t, sums.at(pair, piece.row, piece.part));
+          add_sums<Slope::kStored>(pair, count, t, sums.at(pair, piece.row, piece.part));
         }
       });
     });
@@ -63,13 +63,13 @@ class Backward : Training<Op> {
   void target_gradients(const TrainingResults& results) const {
     layer_gradients(results, [&](const Piece& piece, int64_t pair, int64_t n, int64_t count, const Tile& t) {
       query_gradient(piece, pair, n, count, t, nullptr);
+      normalise<Slope::kStored>(pair, count, t);
     });
   }
 
   void source_sums(const TrainingResults& results) const {
     const int64_t C = channels_;
-    const Copies<Op> transposed(p_.state_s, states_ * p_.batch, C, true, threads_);
-    const Copies<Op> first(p_.first, 2 * p_.pairs.size(), C, false, threads_);
+    const Transposed<Op> transposed(p_.state_s, p_.pairs.size() * p_.batch, C, threads_);
     const Partials<Real> partials = Base::pair_partials(C * row_ + 3 * C);
     Base::for_pieces(false, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
@@ -78,12 +78,12 @@ class Backward : Training<Op> {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pair = p_.pairs.members[i];
           Real* partial = partials.at(pair, piece.row, piece.part);
-          key_gradient<true>(piece, pair, count, t);
-          add_sums(count, t, partial + C * row_ + C);
+          key_gradient(piece, pair, count, t);
+          add_sums<Slope::kWithValue>(pair, count, t, partial + C * row_ + C);
           Base::project(transposed[pair * p_.batch + piece.row], nullptr, false, t.activated, count, t.through);
           mask(t.value, t.through, count, partial + C * row_);
           Base::add_outer(t.through, t.x_rows, count, partial);
-          add_to_input(first[2 * pair + 1], i == begin, piece, count, t);
+          add_to_input(Base::matrix(p_.first, 2 * pair + 1), i == begin, piece, count, t);
         }
         if (wanted(piece)) Base::add_gradient(piece, n, count, t);
       });
@@ -95,7 +95,8 @@ class Backward : Training<Op> {
 
   void source_gradients(const TrainingResults& results) const {
     layer_gradients(results, [&](const Piece& piece, int64_t pair, int64_t, int64_t count, const Tile& t) {
-      key_gradient<false>(piece, pair, count, t);
+      key_gradient(piece, pair, count, t);
+      normalise<Slope::kAlone>(pair, count, t);
     });
   }
 
@@ -118,25 +119,24 @@ class Backward : Training<Op> {
       const int64_t o = p_.outputs.members[j], state = o * p_.batch + piece.row;
       const Real* z = Base::vector(p_.state_z, state);
       Base::load_panels(p_.maps[o], piece.row, n, count, t.gradient, t.map_rows);
-      Base::project(state_[state], nullptr, false, t.gradient, count, t.through);
+      Base::project(Base::matrix(p_.state_s, state), nullptr, false, t.gradient, count, t.through);
       divide(z, count, t);
+      Real* partial = states ? states->at(o, piece.row, piece.part) : nullptr;
       const bool first = j == p_.outputs.begin[pair];
       for (int64_t c = 0; c < channels_; ++c) {
-        const Real weight = z[c];
+        const Real factor = z[c];
+        Vec<Real> sum{};
         Base::for_row(t.total, c, count, [&](int64_t i, int64_t m) {
-          const Vec<Real> gradient = load(t.through.data + i) * load(t.weight + m) - weight * load(t.share + m);
+          const Vec<Real> weight = load(t.weight + m), share = load(t.share + m);
+          const Vec<Real> gradient = load(t.through.data + i) * weight - factor * share;
           store(t.total.data + i, first ? gradient : load(t.total.data + i) + gradient);
+          if (partial == nullptr) return;
+          store(t.gradient.data + i, load(t.gradient.data + i) * weight);
+          sum += share * load(t.activated.data + i);
         });
+        if (partial) partial[channels_ * row_ + c] -= sum_lanes<Real>(sum);
       }
-      if (!states) continue;
-      Real* partial = states->at(o, piece.row, piece.part);
-      for (int64_t c = 0; c < channels_; ++c) {
-        partial[channels_ * row_ + c] += Base::row_sum(t.total, c, count, [&](int64_t i, int64_t m) {
-          store(t.gradient.data + i, load(t.gradient.data + i) * load(t.weight + m));
-          return -(load(t.share + m) * load(t.activated.data + i));
-        });
-      }
-      Base::add_outer(t.gradient, t.rows, count, partial);
+      if (partial) Base::add_outer(t.gradient, t.rows, count, partial);
     }
   }
   // With d the denominators: t.weight = 1 / d and t.share = (g . out) / d, zero where d is the clamp's. Behind
@@ -157,37 +157,67 @@ class Backward : Training<Op> {
     }
   }
 
-  // The gradient of k^ to t.total, with values in t.value; keys are computed where asked.
-  template <bool kKeys>
+  // The gradient of k^ to t.total, with values in t.value.
   void key_gradient(const Piece& piece, int64_t pair, int64_t count, const Tile& t) const {
     const int64_t state = pair * p_.batch + piece.row;
     layers(pair, count, t);
-    Base::template activate<kKeys, true>(pair, count, t);
     Base::project(first_[2 * pair + 1], Base::vector(p_.first_bias, 2 * pair + 1), true, t.x, count, t.value);
-    Base::project(state_[state], Base::vector(p_.state_z, state), false, t.value, count, t.total);
+    Base::project(Base::matrix(p_.state_s, state), Base::vector(p_.state_z, state), false, t.value, count, t.total);
     for (int64_t c = 0; c < channels_; ++c) Base::fill_padding(t.total, c, count, Real(0));
   }
 
-  // Sums of da = total slope and of da times the normalised layer.
-  void add_sums(int64_t count, const Tile& t, Real* sums) const {
+  // Calls body(da, y, place) for the vectors of row c, da being total times the slope. The slope of queries is
+  // in t.slope; that of keys is computed here, and their values with it where asked.
+  template <Slope kSlope, class Body>
+  void for_gradient(int64_t pair, int64_t c, int64_t count, const Tile& t, const Body& body) const {
+    const Real gamma = Base::vector(p_.affine, 3 * pair + 1)[c], beta = Base::vector(p_.affine, 3 * pair + 2)[c];
+    Base::for_row(t.total, c, count, [&](int64_t i, int64_t) {
+      const Vec<Real> y = load(t.normalised.data + i);
+      Vec<Real> slope;
+      if constexpr (kSlope == Slope::kStored) {
+        slope = load(t.slope.data + i);
+      } else if constexpr (kSlope == Slope::kAlone) {
+        slope = softplus_derivative(gamma * y + beta);
+      } else {
+        Vec<Real> value;
+        softplus_with_derivative(gamma * y + beta, value, slope);
+        store(t.activated.data + i, value);
+      }
+      body(load(t.total.data + i) * slope, y, i);
+    });
+  }
+
+  // Sums of da and of da y.
+  template <Slope kSlope>
+  void add_sums(int64_t pair, int64_t count, const Tile& t, Real* sums) const {
     for (int64_t c = 0; c < channels_; ++c) {
       Vec<Real> first{}, second{};
-      Base::for_row(t.total, c, count, [&](int64_t i, int64_t) {
-        const Vec<Real> gradient = load(t.total.data + i) * load(t.slope.data + i);
+      for_gradient<kSlope>(pair, c, count, t, [&](Vec<Real> gradient, Vec<Real> y, int64_t) {
         first += gradient;
-        second += gradient * load(t.normalised.data + i);
+        second += gradient * y;
       });
       sums[c] += sum_lanes<Real>(first);
       sums[channels_ + c] += sum_lanes<Real>(second);
     }
   }
+  // total = gamma da - c0 - c1 y; zero behind the last token.
+  template <Slope kSlope>
+  void normalise(int64_t pair, int64_t count, const Tile& t) const {
+    const Real* gamma = Base::vector(p_.affine, 3 * pair + 1);
+    const Real* coefficients = Base::vector(p_.coefficients, 2 * pair);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const Real factor = gamma[c], constant = coefficients[c], slope = coefficients[channels_ + c];
+      for_gradient<kSlope>(pair, c, count, t, [&](Vec<Real> gradient, Vec<Real> y, int64_t i) {
+        store(t.total.data + i, factor * gradient - constant - slope * y);
+      });
+      Base::fill_padding(t.total, c, count, Real(0));
+    }
+  }
 
-  // The gradients of both layers; body gives the gradient of q^ or k^ in t.total.
+  // The gradients of both layers; body gives that of the normalised second layer in t.total.
   template <class Body>
   void layer_gradients(const TrainingResults& results, const Body& body) const {
     const int64_t C = channels_, size = C * row_;
-    const Copies<Op> first(p_.first, layers_ * p_.pairs.size(), C, false, threads_);
-    const Copies<Op> second(p_.second, p_.pairs.size(), C, false, threads_);
     const Partials<Real> partials = Base::pair_partials(2 * size + C);
     Base::for_pieces(false, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
@@ -197,13 +227,12 @@ class Backward : Training<Op> {
           const int64_t pair = p_.pairs.members[i];
           Real* partial = partials.at(pair, piece.row, piece.part);
           body(piece, pair, n, count, t);
-          normalise(pair, count, t);
           transpose_to_rows<Op>(constant(t.hidden), C, count, t.rows);
           Base::add_outer(t.total, t.rows, count, partial);
-          Base::project(second[pair], nullptr, false, t.total, count, t.through);
+          Base::project(Base::matrix(p_.second, pair), nullptr, false, t.total, count, t.through);
           mask(t.hidden, t.through, count, partial + 2 * size);
           Base::add_outer(t.through, t.x_rows, count, partial + size);
-          add_to_input(first[layers_ * pair], i == begin, piece, count, t);
+          add_to_input(Base::matrix(p_.first, layers_ * pair), i == begin, piece, count, t);
         }
         if (wanted(piece)) Base::add_gradient(piece, n, count, t);
       });
@@ -211,19 +240,6 @@ class Backward : Training<Op> {
     sum_pairs(partials, 0, C, row_, results.second);
     sum_pairs(partials, size, C, row_, results.first);
     sum_pairs(partials, 2 * size, 1, C, results.bias);
-  }
-  // total = gamma total slope - c0 - c1 normalised; zero behind the last token.
-  void normalise(int64_t pair, int64_t count, const Tile& t) const {
-    const Real* gamma = Base::vector(p_.affine, 3 * pair + 1);
-    const Real* coefficients = Base::vector(p_.coefficients, 2 * pair);
-    for (int64_t c = 0; c < channels_; ++c) {
-      const Real factor = gamma[c], constant = coefficients[c], slope = coefficients[channels_ + c];
-      Base::for_row(t.total, c, count, [&](int64_t i, int64_t) {
-        const Vec<Real> gradient = load(t.total.data + i) * load(t.slope.data + i);
-        store(t.total.data + i, factor * gradient - constant - slope * load(t.normalised.data + i));
-      });
-      Base::fill_padding(t.total, c, count, Real(0));
-    }
   }
   // gradient = 0 where value is not positive; adds its sums over tokens.
   void mask(Matrix value, Matrix gradient, int64_t count, Real* sums) const {
@@ -251,8 +267,8 @@ class Backward : Training<Op> {
     });
   }
 
-  int64_t layers_, states_;
-  Copies<Op> first_, second_, state_;
+  int64_t layers_;
+  Transposed<Op> first_, second_;
 };
 
 template <class Op>
@@ -266,7 +282,7 @@ class InputGradient : Training<Op> {
   // `first` and `first_bias` are the matrix and the vector of every slot.
   void run() const {
     const TrainingProblem& p = Base::p_;
-    const Copies<Op> matrix(p.first, p.features.size, p.channels, true, Base::threads_);
+    const Transposed<Op> matrix(p.first, p.features.size, p.channels, Base::threads_);
     Base::for_pieces(false, [&](const Piece& piece, int64_t, int64_t, const Tile& t) {
       if (!p.grad_features[piece.slot].data) return;
       Base::for_tiles(piece, [&](int64_t n, int64_t count) {

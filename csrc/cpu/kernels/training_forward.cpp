@@ -22,7 +22,7 @@ class Forward : Training<Op> {
 
   void states(const TrainingResults& results) const {
     const int64_t C = channels_, pairs = p_.pairs.size();
-    const Copies<Op> first(p_.first, 2 * pairs, C, true, threads_), second(p_.second, pairs, C, true, threads_);
+    const Transposed<Op> first(p_.first, 2 * pairs, C, threads_), second(p_.second, pairs, C, threads_);
     const Partials<Real> partials = Base::pair_partials(C * row_ + C);
     Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
@@ -57,8 +57,8 @@ class Forward : Training<Op> {
 
   void attend() const {
     const int64_t C = channels_, pairs = p_.pairs.size();
-    const Copies<Op> first(p_.first, pairs, C, true, threads_), second(p_.second, pairs, C, true, threads_);
-    const Copies<Op> states(p_.state_s, p_.outputs.size() * p_.batch, C, true, threads_);
+    const Transposed<Op> first(p_.first, pairs, C, threads_), second(p_.second, pairs, C, threads_);
+    const Transposed<Op> states(p_.state_s, p_.outputs.size() * p_.batch, C, threads_);
     Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       Base::for_tiles(piece, [&](int64_t n, int64_t count) {
         Base::load_centred(piece, n, count, false, t);

@@ -49,8 +49,8 @@ class Statistics : Training<Op> {
 
   // Of second-layer products without their bias: first, second and first_bias of the problem.
   void hidden_moments(const TrainingResults& results) const {
-    const Copies<Op> first(p_.first, p_.pairs.size(), channels_, true, threads_);
-    const Copies<Op> second(p_.second, p_.pairs.size(), channels_, true, threads_);
+    const Transposed<Op> first(p_.first, p_.pairs.size(), channels_, threads_);
+    const Transposed<Op> second(p_.second, p_.pairs.size(), channels_, threads_);
     const auto slot_of = [&](int64_t pair) { return p_.pairs.group[pair]; };
     const Partials<double> moments(pieces_, p_.batch, p_.pairs.size(), 2 * channels_, slot_of);
     Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
