@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,21 @@ def trains(
             "gradients of parameters",
         )
         support.same_buffers(ours, pair.theirs)
+
+
+def shares_are_those_of_layers(name: str) -> None:
+    """Each rank's parameter gradients, before any averaging: recomputed, and layer by layer."""
+    sizes, rank = (2, 1, 3, 1), dist.get_rank()
+    pair = make(name, batch=sum(sizes))
+    arguments = support.part(pair.arguments, lambda x: sizes, rank, 0)
+    found = []
+    for recompute in (True, False):
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(pair.ours))
+        support.recompute(module, recompute)
+        outputs = module(*arguments)
+        support.backward(outputs, support.weights(outputs))
+        found.append(support.parameter_gradients(module))
+    support.same(*found, "gradients of parameters")
 
 
 def evaluates(name: str) -> None:
@@ -162,6 +178,7 @@ CASES = [
         for name in NAMES
         for recompute in (True, False)
     ),
+    *(partial(shares_are_those_of_layers, name) for name in NAMES),
     *(partial(evaluates, name) for name in NAMES),
     some_norms_are_frozen,
     single_value_is_refused,

@@ -23,7 +23,9 @@ and with b = sum da1, R = sum da1 x'^T of a first layer, for x' = x - mu, g = r 
 whose last two terms are affine in x and merge into one matrix and one vector for each slot. With
 running statistics mu is zero, c0, c1 and these terms vanish, and g = r (diag(W_1 R^T) - mean1 b).
 Where a batch is spread over processes, mu, n and the sums in c0, c1, dW_1 and dx are those of all;
-then sum x' of one process is not zero, and dW_1 has the further term - diag(D) (b / n) sum x'^T.
+then sum x' of one process is not zero, and its share of dW_1, with n' of its own, has also::
+
+    diag(D) (- (b / n) sum x'^T + (sum da1 - n' b / n - diag(g r / n) W_1 sum x') mu^T)
 """
 
 from __future__ import annotations
@@ -346,7 +348,11 @@ def _first_layers_backward(
     slots = [slot for slot, _, _ in rows]
     product = product - _scaled(slope, layers.weight @ take(kept.product, slots))
     if not settings.reduction.is_local:
-        product = product - constant.unsqueeze(2) * take(kept.total, slots).unsqueeze(1)
+        total, center = take(kept.total, slots), take(kept.center, slots)
+        own = take(_counts(features, center.dtype), slots).unsqueeze(1)
+        rest = bias - own * constant - slope * _apply_rows(layers.weight, total)
+        product = product - constant.unsqueeze(2) * total.unsqueeze(1)
+        product = product + rest.unsqueeze(2) * center.unsqueeze(1)
     found.add(rows, _scaled(layers.scale, product), gamma, bias)
     if not any(gradient.numel() for gradient in grad_features):
         return
