@@ -156,9 +156,9 @@ def cross_attention_block_training(
     (arXiv 2209.02518), in training.
 
     Differentiable, once, in features, weight, gamma and beta. Computes in float32 (float64 for
-    float64 features) whatever the dtype of the features. With batch statistics and fewer (sample,
-    token) than channels, sums of products over the tokens lose digits that a convolution and a
-    batch norm one after the other keep.
+    float64 features) whatever the dtype of the features. With batch statistics of a handful of
+    (sample, token), variances in closed form lose digits that a convolution and a batch norm one
+    after the other keep.
 
     Args:
         features: one tensor per slot, (B, C, N_i) or (B, C, H_i, W_i), of any strides. Queries and
