@@ -356,17 +356,15 @@ def _first_layers_backward(
     found.add(rows, _scaled(layers.scale, product), gamma, bias)
     if not any(gradient.numel() for gradient in grad_features):
         return
+    # Row by row and not as one product: that would add in an order which depends on the threads.
+    transposed = layers.matrix.mT
+    matrices = transposed @ _scaled(slope, layers.weight)
+    vectors = _apply_rows(transposed, constant)
     matrix, vector = torch.zeros_like(kept.product), torch.zeros_like(kept.center)
-    for slot, gradient in enumerate(grad_features):
-        numbers = [number for number, other in enumerate(slots) if other == slot]
-        if numbers and gradient.numel() > 0:
-            weight = take(layers.weight, numbers).flatten(0, 1)
-            folded = take(layers.matrix, numbers).flatten(0, 1)
-            torch.mm(folded.T, take(slope, numbers).view(-1, 1) * weight, out=matrix[slot])
-            torch.mv(folded.T, take(constant, numbers).flatten(), out=vector[slot])
-    op.input_gradient(
-        features, kept.center, matrix.neg_(), vector.neg_(), grad_features, settings.engine
-    )
+    for number, slot in enumerate(slots):
+        matrix[slot] -= matrices[number]
+        vector[slot] -= vectors[number]
+    op.input_gradient(features, kept.center, matrix, vector, grad_features, settings.engine)
 
 
 def _coefficients(
