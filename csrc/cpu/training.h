@@ -17,7 +17,7 @@
 namespace xattn {
 namespace XATTN_ISA {
 
-constexpr int64_t kTrainingTileBytes = 64 * 1024;  // of one matrix of a tile
+constexpr int64_t kTrainingTileBytes = 48 * 1024;  // of one matrix of a tile
 constexpr int64_t kTrainingPieces = 64;            // about how many all slots together are cut into
 constexpr int64_t kTrainingTasks = 32;             // below this many, pairs of a slot may become tasks of their own
 
@@ -213,6 +213,18 @@ class Training {
     if (view.channel_stride != 1) return load_channels<Op>(p_.dtype, view, b, n, count, 0, channels_, to);
     load_tokens<Op>(p_.dtype, view, b, n, count, 0, channels_, rows);
     transpose_to_panels<Op>(constant(rows), channels_, count, to);
+  }
+  // Has a tile of a map fetched into the cache, which takes as long as a product.
+  void prefetch(const View& view, int64_t b, int64_t n, int64_t count) const {
+    constexpr int64_t kLine = 64;
+    const int64_t element = p_.dtype == Dtype::kFloat64 ? 8 : p_.dtype == Dtype::kFloat32 ? 4 : 2;
+    const bool tokens_first = view.channel_stride != 1;
+    const int64_t rows = tokens_first ? channels_ : count, columns = tokens_first ? count : channels_;
+    const ptrdiff_t row_stride = tokens_first ? view.channel_stride : view.token_stride;
+    if ((tokens_first ? view.token_stride : view.channel_stride) != 1) return;
+    const char* start = view.data + (b * view.batch_stride + n * view.token_stride) * element;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < columns * element; i += kLine) __builtin_prefetch(start + r * row_stride * element + i);
   }
   // x' as panels and, where asked, as rows.
   void load_centred(const Piece& piece, int64_t n, int64_t count, bool rows, const Tile& t) const {
