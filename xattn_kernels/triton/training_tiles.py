@@ -8,7 +8,7 @@ from xattn_kernels.triton.runtime import MAX_WIDTH, pieces
 
 
 class Tiles(NamedTuple):
-    """A group of rows of a sum, channels and tokens a step, warps."""
+    """A group of rows of a sum or result, channels and tokens a step, warps."""
 
     rows: tuple[int, int]
     step: int
@@ -16,24 +16,31 @@ class Tiles(NamedTuple):
     warps: int
 
 
-#: Widest block that has a tile in registers, by phase and how products are computed.
-_WIDEST = {"ieee": 80, "tf32": 80, "bf16": MAX_WIDTH}
+#: Widest block that has a tile in registers, by how products are computed.
+_WIDEST = {"ieee": 48, "tf32": 80, "bf16": MAX_WIDTH}
+#: Passes that sum (C, C) products over tokens.
+_SUMS = ("moments", "states", "target_sums", "gradients", "values")
 
 
-def is_fused(channels: int, dot: str) -> bool:
-    """Whether kernels compute a phase from features alone."""
-    return channels <= _WIDEST[dot]
+def is_fused(phase: str, channels: int, dot: str) -> bool:
+    """Whether kernels compute a pass from features alone."""
+    return phase == "input_gradient" or channels <= _WIDEST[dot]
 
 
-def sums_tiles(channels: int, dot: str) -> Tiles:
-    """For kernels that sum (C, C) products over a chunk of tokens: all rows where they fit."""
+def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
+    """For the kernel of a pass; ``source_sums`` has two, ``key_sums`` and ``values``."""
     whole = pieces(channels)
-    small = sum(whole) <= 80
-    rows = whole if small else (64, 0) if sum(whole) <= 160 else (32, 0)
-    return Tiles(rows, 16, 32, 4 if sum(whole) <= 48 and dot == "bf16" else 8)
-
-
-def token_tiles(channels: int, dot: str) -> Tiles:
-    """For kernels that keep nothing over tokens, or C numbers."""
-    small = sum(pieces(channels)) <= 80
-    return Tiles((16, 0), 16, 32 if dot == "ieee" or not small else 64, 8)
+    width = sum(whole)
+    if phase not in _SUMS:
+        tokens = 16 if dot == "ieee" else 64 if width <= 80 else 32
+        return Tiles((16, 0), 16, tokens, 8)
+    if dot == "ieee":
+        rows = (32, 0) if phase in ("gradients", "values") and width > 32 else whole
+        return Tiles(rows, 16, 16, 8)
+    if width <= 48:
+        return Tiles(whole, 16, 32, 4)
+    if width <= 80:
+        rows = (64, 0) if phase == "gradients" else whole
+        return Tiles(rows, 16, 16 if phase == "target_sums" else 32, 8)
+    wide = phase in ("moments", "states")
+    return Tiles((64, 0), 16, 32 if wide and width <= 160 else 16, 8)

@@ -25,7 +25,7 @@ from xattn_kernels.triton import runtime
 from xattn_kernels.triton.launch import launch
 from xattn_kernels.triton.runtime import blocks, ceil_div, layout, layout_constants
 from xattn_kernels.triton.training_calls import Call, Gradients
-from xattn_kernels.triton.training_tiles import Tiles, is_fused, sums_tiles, token_tiles
+from xattn_kernels.triton.training_tiles import Tiles, is_fused, tiles_of
 
 #: Center, first layer and its bias, second layer, affine map.
 _Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,9 +39,9 @@ def refusals(problem: Problem) -> list[str]:
 def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Means (S, C) and deviations (S, C, C)."""
     call = Call(features, range(len(features)))
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("moments", call.channels, call.dot):
         return reference.moments(features)
-    tiles = sums_tiles(call.channels, call.dot)
+    tiles = tiles_of("moments", call.channels, call.dot)
     chunks = call.chunks(call.channels)
     with call.running():
         from xattn_kernels.triton.training_kernels import moments_kernel
@@ -68,9 +68,9 @@ def hidden_moments(
 ) -> tuple[Tensor, Tensor]:
     """Means and squared deviations (P, C) of the second layer."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("hidden_moments", call.channels, call.dot):
         return reference.hidden_moments(features, center, slots, weight1, bias1, weight2)
-    tiles = token_tiles(call.channels, call.dot)
+    tiles = tiles_of("hidden_moments", call.channels, call.dot)
     chunks = call.chunks(1)
     with call.running():
         from xattn_kernels.triton.training_kernels import hidden_kernel
@@ -104,9 +104,9 @@ def states(
 ) -> tuple[Tensor, Tensor]:
     """S (P, B, C, C) and Z (P, B, C)."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("states", call.channels, call.dot):
         return reference.states(features, center, slots, first, first_bias, second, affine)
-    tiles = sums_tiles(call.channels, call.dot)
+    tiles = tiles_of("states", call.channels, call.dot)
     chunks = call.chunks(call.channels)
     each = call.each()
     with call.running():
@@ -143,7 +143,7 @@ def attend(
 ) -> None:
     """Write the outputs (B, C, N)."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("attend", call.channels, call.dot):
         reference.attend(
             features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
             state_z, eps, outputs,
@@ -151,7 +151,7 @@ def attend(
         return
     lists = call.table.add_lists(_outputs_of(target_of_output, len(slots)))
     output_rows = call.table.add_slots(outputs)
-    tiles = token_tiles(call.channels, call.dot)
+    tiles = tiles_of("attend", call.channels, call.dot)
     steps = blocks(call.tokens, tiles.tokens)
     with call.running():
         from xattn_kernels.triton.training_kernels import attend_kernel
@@ -196,7 +196,7 @@ def target_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dS (O, B, C, C) and dZ (O, B, C), and sums (P, 2, C)."""
     call = Call(features, [slots[pair] for pair in target_of_output])
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("target_sums", call.channels, call.dot):
         return reference.target_sums(
             features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
             state_z, eps, grad_outputs,
@@ -208,7 +208,7 @@ def target_sums(
     by_pair = call.table.add_lists(_outputs_of(target_of_output, len(slots)))
     each = call.each()
     gradient_rows = call.table.add_slots(grad_outputs)
-    tiles = sums_tiles(call.channels, call.dot)
+    tiles = tiles_of("target_sums", call.channels, call.dot)
     chunks, sums = call.chunks(call.channels), call.chunks(1)
     with call.running():
         from xattn_kernels.triton.training_sums_kernels import target_sums_kernel
@@ -254,7 +254,7 @@ def target_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums for the query layers (P, C, C), (P, C, C), (P, C); adds to `grad_features`."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("gradients", call.channels, call.dot):
         return reference.target_gradients(
             features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
             state_z, eps, grad_outputs, coefficients, grad_features,
@@ -293,21 +293,21 @@ def source_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (P, 2, C), and those for the value layer (P, C, C), (P, C); adds to `grad_features`."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("source_sums", call.channels, call.dot):
         return reference.source_sums(
             features, center, slots, first, first_bias, second, affine, grad_s, grad_z,
             grad_features,
         )  # fmt: skip
     each = call.each()
     chunks, sums = call.chunks(call.channels), call.chunks(1)
-    launches = Gradients(call, chunks, sums_tiles(call.channels, call.dot), grad_features)
+    launches = Gradients(call, chunks, tiles_of("values", call.channels, call.dot), grad_features)
     with call.running():
         from xattn_kernels.triton.training_gradient_kernels import value_gradient_kernel
         from xattn_kernels.triton.training_sums_kernels import key_sums_kernel
 
         layers = _layers(call, center, first, first_bias, second, affine)
         states = call.operand(grad_s)
-        tiles = token_tiles(call.channels, call.dot)
+        tiles = tiles_of("key_sums", call.channels, call.dot)
         call.launch(
             key_sums_kernel,
             sums,
@@ -341,7 +341,7 @@ def source_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as :func:`target_gradients` for the key layers."""
     call = Call(features, slots)
-    if not is_fused(call.channels, call.dot):
+    if not is_fused("gradients", call.channels, call.dot):
         return reference.source_gradients(
             features, center, slots, first, first_bias, second, affine, grad_s, grad_z,
             coefficients, grad_features,
@@ -372,7 +372,7 @@ def input_gradient(
     """Add matrix x' + vector, (S, C, C) and (S, C), to `grad_features`."""
     call = Call(features, range(len(features)))
     wanted = [x if x.numel() > 0 else None for x in grad_features]
-    tiles = token_tiles(call.channels, call.dot)
+    tiles = tiles_of("input_gradient", call.channels, call.dot)
     rows = call.table.add_slots(wanted)
     steps = blocks(call.tokens, tiles.tokens)
     with call.running():
@@ -410,7 +410,7 @@ def _gradients(
     """Run the gradient kernel of a side."""
     each, pairs, channels = call.each(), len(call.slots), call.channels
     chunks = call.chunks(2 * channels)
-    launches = Gradients(call, chunks, sums_tiles(channels, call.dot), grad_features)
+    launches = Gradients(call, chunks, tiles_of("gradients", channels, call.dot), grad_features)
     with call.running():
         from xattn_kernels.triton.training_gradient_kernels import gradient_kernel
 
