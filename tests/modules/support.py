@@ -47,6 +47,7 @@ def make(
     training: bool = True,
     requires_grad: bool = True,
     seed: int = 0,
+    recompute: bool | str = "auto",
     **options: Any,
 ) -> Pair:
     """A pair with random parameters and running statistics."""
@@ -69,7 +70,7 @@ def make(
         shape = (WIDTHS, 5) if name == "CrossScaleHead" else (WIDTHS,)
         sizes = [(batch, c, height >> s, width >> s) for s, c in enumerate(WIDTHS)]
         arguments = ([draw(*one) for one in sizes],)
-    ours = getattr(modules, name)(*shape, **options).to(dtype)
+    ours = getattr(modules, name)(*shape, **options, recompute=recompute).to(dtype)
     reference = "CrossScaleHead" if name == "CrossScaleAttention" else name
     shape = (WIDTHS, 5) if reference == "CrossScaleHead" else shape
     theirs = getattr(op_by_op, reference)(*shape, **options).to(dtype)

@@ -45,6 +45,13 @@ def test_full_graph(name: str, training: bool, requires_grad: bool) -> None:
     compare_compiled(pair, "aot_eager", 1e-9)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_each_way_full_graph(recompute: bool) -> None:
+    """Running statistics of a reused block included."""
+    pair = support.make("CrossScaleAttention", size=(16, 16), recompute=recompute)
+    compare_compiled(pair, "aot_eager", 1e-9)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_softmax_full_graph(training: bool) -> None:
     pair = support.make("CrossTaskAttention", training=training, kind="softmax", heads=2)
@@ -76,6 +83,16 @@ def test_dynamic_sizes() -> None:
         with torch.no_grad():
             actual, expected = compiled(*other.arguments), pair.theirs(*other.arguments)
         assert support.distance(actual, expected) <= 1e-9
+
+
+def test_dynamic_sizes_in_training() -> None:
+    pair = support.make("CrossAttention", recompute=True)
+    compiled = torch.compile(pair.ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((6, 8), (8, 10)):
+        other = support.make("CrossAttention", size=size)
+        ours = support.gradients(compiled, other.arguments, [*pair.ours.parameters()])
+        theirs = support.gradients(pair.theirs, other.arguments, [*pair.theirs.parameters()])
+        assert support.distance(ours, theirs) <= 1e-9
 
 
 @pytest.mark.parametrize("strict", [True, False])

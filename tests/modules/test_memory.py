@@ -39,15 +39,19 @@ def test_saved_for_backward(name: str, share: float) -> None:
     assert ours <= share * saved_bytes(pair.theirs, pair.arguments)
 
 
-def test_saved_per_token() -> None:
-    """Of an attention only q, k, v grow with the number of tokens (and the output, here none)."""
-    block, (height, width) = CrossAttention(12), (16, 32)
+@pytest.mark.parametrize(("recompute", "maps"), [(False, 3), (True, 0)])
+def test_saved_per_token(recompute: bool, maps: int) -> None:
+    """Of an attention only q, k, v grow with the number of tokens (and the output, here none).
+
+    Of one that computes them again, nothing.
+    """
+    block, (height, width) = CrossAttention(12, recompute=recompute), (16, 32)
     sizes = []
     for factor in (1, 2):
         x = torch.randn(2, 12, factor * height, width, requires_grad=True)
         y = torch.randn(2, 12, factor * height, width, requires_grad=True)
         sizes.append(saved_bytes(block, (x, y)))
-    assert sizes[1] - sizes[0] == 3 * 2 * 12 * height * width * 4
+    assert sizes[1] - sizes[0] == maps * 2 * 12 * height * width * 4
 
 
 @pytest.mark.parametrize("name", support.CLASSES)

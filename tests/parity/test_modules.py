@@ -7,6 +7,7 @@ import torch
 
 import xattn_kernels
 from xattn_kernels import modules
+from xattn_kernels.modules import attend
 from xattn_kernels.testing import op_by_op
 
 from . import cases, checks
@@ -21,6 +22,21 @@ def test_parity(name: str, engine: str) -> None:
     case = cases.load(name)
     with xattn_kernels.backend(engine):
         checks.compare(case, checks.run(case, checks.build(case, modules)))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_way(name: str, engine: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored and recomputed, however few the tokens are: they are many enough for float64."""
+    monkeypatch.setattr(attend, "FEW_TOKENS", 0)
+    case = cases.load(name)
+    module = checks.build(case, modules)
+    for part in module.modules():
+        if hasattr(part, "recompute"):
+            part.recompute = recompute
+    with xattn_kernels.backend(engine):
+        checks.compare(case, checks.run(case, module))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
