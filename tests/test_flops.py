@@ -85,6 +85,31 @@ def test_block() -> None:
     assert found == 2 * (C * C * (projections + core) + 2 * C * (10 + 10 + 7))
 
 
+def test_block_in_training() -> None:
+    """What grows with the tokens; the algebra on small matrices between the passes does not."""
+    schedule = Schedule.from_edges([(0, 1, 0, 0)], num_queries=2, num_sources=2)
+    weight, gamma = torch.rand(1, 5, C, C).requires_grad_(), torch.rand(1, 5, C)
+    counts = []
+    for tokens in ((10, 7), (20, 7), (10, 17)):
+        features = maps(*((C, n) for n in tokens))
+
+        def forward(features: list[Tensor] = features) -> Tensor:
+            outputs, _ = xattn_kernels.cross_attention_block_training(
+                features, weight, gamma, gamma, schedule
+            )
+            return outputs[0].sum()
+
+        counts.append((flops.count(forward), flops.count(lambda run=forward: run().backward())))
+    targets, sources = (
+        [(b - a) / (2 * 2 * C * C * 10) for a, b in zip(counts[0], other, strict=True)]
+        for other in counts[1:]
+    )
+    # Moments, hidden layers again, two layers (three for sources), output or state.
+    assert (targets[0], sources[0]) == (1 + 2 + 2 + 1, 1 + 2 + 3 + 1)
+    # Sums, gradients, and the affine part.
+    assert (targets[1], sources[1]) == (6 + 4 + 7 + 1, 7 + 7 + 8 + 1)
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_pyramid(saved: bool) -> None:
     hidden, outputs, sizes, widths = 6, 3, ((4, 4), (2, 2)), (5, 7)

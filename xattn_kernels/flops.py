@@ -8,6 +8,7 @@ linear cross-attention       2 Cv C N_k per edge; 2 (Cv + 1) C N_q per output, i
 softmax cross-attention      2 (C + Cv) N_q N_k per edge
 cross-attention block        those of linear cross-attention; 4 C^2 N_q per (target, weight) and
                              6 C^2 N_k per (source, weight) for the projections
+the same for training        2 C^2 N times a number for each pass over the features: `_PASSES`
 pyramid projection           2 M C_s N_s per scale, 2 O M N_0 for the classifier
 ===========================  =====================================================================
 
@@ -22,7 +23,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -177,6 +178,37 @@ def _block(
     return int(total) + linear_core(features, features, features, triples)
 
 
+class _Pass(NamedTuple):
+    """Products of a (C, C) matrix with the tokens of a slot, or of tokens with tokens."""
+
+    per_slot: int = 0
+    per_pair: int = 0
+    per_output: int = 0
+
+    def __call__(self, features: Any, *args: Any, out_shape: Any = None) -> int:
+        batch, channels, _ = features[0]
+        tokens = sum(self.per_slot * x[2] for x in features)
+        if self.per_pair:
+            slots = args[1]
+            tokens += sum(self.per_pair * features[slot][2] for slot in slots)
+        if self.per_output:
+            tokens += sum(self.per_output * features[slots[pair]][2] for pair in args[6])
+        return int(2 * batch * channels**2 * tokens)
+
+
+_PASSES = {
+    "_moments": _Pass(per_slot=1),
+    "_hidden_moments": _Pass(per_pair=2),
+    "_states": _Pass(per_pair=4),  # three projections, S
+    "": _Pass(per_pair=2, per_output=1),
+    "_target_sums": _Pass(per_pair=2, per_output=2),  # S^T g, dS
+    "_target_gradients": _Pass(per_pair=6, per_output=1),  # through two layers, to both and x
+    "_source_sums": _Pass(per_pair=7),  # dS with keys and values; to the values' layer and x
+    "_source_gradients": _Pass(per_pair=8),
+    "_input_gradient": _Pass(per_slot=1),
+}
+
+
 def _pyramid(
     features: Any,
     weights: Any,
@@ -243,6 +275,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "softmax_cross_attention": _softmax,
     "softmax_cross_attention_backward": _softmax_backward,
     "cross_attention_block": _block,
+    **{f"cross_attention_block_training{name}": formula for name, formula in _PASSES.items()},
     "pyramid_projection": _pyramid,
     "pyramid_projection_backward": _pyramid_backward,
 }
