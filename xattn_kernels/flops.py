@@ -23,7 +23,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -178,34 +178,31 @@ def _block(
     return int(total) + linear_core(features, features, features, triples)
 
 
-class _Pass(NamedTuple):
-    """Products of a (C, C) matrix with the tokens of a slot, or of tokens with tokens."""
+def _pass(per_slot: int = 0, per_pair: int = 0, per_output: int = 0) -> Callable[..., int]:
+    """Counts products of a (C, C) matrix with the tokens of a slot, or of tokens with tokens."""
 
-    per_slot: int = 0
-    per_pair: int = 0
-    per_output: int = 0
-
-    def __call__(self, features: Any, *args: Any, out_shape: Any = None) -> int:
+    def formula(features: Any, *args: Any, out_shape: Any = None) -> int:
         batch, channels, _ = features[0]
-        tokens = sum(self.per_slot * x[2] for x in features)
-        if self.per_pair:
-            slots = args[1]
-            tokens += sum(self.per_pair * features[slot][2] for slot in slots)
-        if self.per_output:
-            tokens += sum(self.per_output * features[slots[pair]][2] for pair in args[6])
+        tokens = sum(per_slot * x[2] for x in features)
+        if per_pair:
+            tokens += sum(per_pair * features[slot][2] for slot in args[1])
+        if per_output:
+            tokens += sum(per_output * features[args[1][pair]][2] for pair in args[6])
         return int(2 * batch * channels**2 * tokens)
+
+    return formula
 
 
 _PASSES = {
-    "_moments": _Pass(per_slot=1),
-    "_hidden_moments": _Pass(per_pair=2),
-    "_states": _Pass(per_pair=4),  # three projections, S
-    "": _Pass(per_pair=2, per_output=1),
-    "_target_sums": _Pass(per_pair=2, per_output=2),  # S^T g, dS
-    "_target_gradients": _Pass(per_pair=6, per_output=1),  # through two layers, to both and x
-    "_source_sums": _Pass(per_pair=7),  # dS with keys and values; to the values' layer and x
-    "_source_gradients": _Pass(per_pair=8),
-    "_input_gradient": _Pass(per_slot=1),
+    "_moments": _pass(per_slot=1),
+    "_hidden_moments": _pass(per_pair=2),
+    "_states": _pass(per_pair=4),  # three projections, S
+    "": _pass(per_pair=2, per_output=1),
+    "_target_sums": _pass(per_pair=2, per_output=2),  # S^T g, dS
+    "_target_gradients": _pass(per_pair=6, per_output=1),  # through two layers, to both and x
+    "_source_sums": _pass(per_pair=7),  # dS with keys and values; to the values' layer and x
+    "_source_gradients": _pass(per_pair=8),
+    "_input_gradient": _pass(per_slot=1),
 }
 
 
