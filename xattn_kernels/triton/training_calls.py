@@ -18,6 +18,8 @@ from xattn_kernels.triton.training_tiles import Tiles
 
 #: Elements of moments that a program of the merging kernel has.
 _BLOCK = 512
+#: The constant by which a kernel is asked for gradients of features.
+_RESULTS = "RESULTS"
 
 
 class Call:
@@ -145,8 +147,9 @@ class Call:
 class _Launch(NamedTuple):
     """A launch of a kernel that adds to gradients of features, or sums, or both."""
 
-    sums: bool
-    results: bool
+    flags: frozenset[str]
+    """Which of its constants are set."""
+    groups: int
     jobs: int
     """Where in the table they begin: the slot of each and where its pairs are."""
     programs: int
@@ -164,9 +167,15 @@ class Gradients:
     """
 
     def __init__(
-        self, call: Call, chunks: Chunks, tiles: Tiles, grad_features: Sequence[Tensor]
+        self,
+        call: Call,
+        chunks: Chunks,
+        tiles: Tiles,
+        grad_features: Sequence[Tensor],
+        sums: Sequence[str],
     ) -> None:
-        self.call, self.chunks, self.tiles = call, chunks, tiles
+        """Plan the launches; ``sums`` are the constants by which a kernel is asked for sums."""
+        self.call, self.chunks, self.tiles, self.sums = call, chunks, tiles, sums
         wanted = [x if x.numel() > 0 else None for x in grad_features]
         self.layout = layout(wanted)
         self.rows = call.table.add_slots(wanted)
@@ -176,20 +185,23 @@ class Gradients:
         missing = [slot for slot in of_slot if wanted[slot] is None]
         self.launches: list[_Launch] = []
         sizes = (chunks.per_slot, chunks.size)
-        if len(missing) < len(of_slot) and sum(tiles.rows) >= call.channels:
-            self._add(True, True, list(of_slot.items()), *sizes)
+        groups = ceil_div(call.channels, sum(tiles.rows))
+        if len(missing) < len(of_slot) and groups == 1:
+            self._add({*sums, _RESULTS}, 1, list(of_slot.items()), *sizes)
             return
-        self._add(True, False, [(slot, [pair]) for pair, slot in enumerate(call.slots)], *sizes)
+        by_pair = [(slot, [pair]) for pair, slot in enumerate(call.slots)]
+        for flags in (set(sums),) if tiles.together else ({name} for name in sums):
+            self._add(flags, groups, by_pair, *sizes)
         for slot in missing:
             del of_slot[slot]
         if of_slot:
             steps = blocks([x.size(2) for x in wanted if x is not None], tiles.tokens)
-            self._add(False, True, list(of_slot.items()), steps, tiles.tokens)
+            self._add({_RESULTS}, 1, list(of_slot.items()), steps, tiles.tokens)
 
     def _add(
         self,
-        sums: bool,
-        results: bool,
+        flags: set[str],
+        groups: int,
         jobs: Sequence[tuple[int, Sequence[int]]],
         chunks: int,
         size: int,
@@ -197,7 +209,8 @@ class Gradients:
         table = self.call.table
         places = [table.add([len(pairs), *pairs]) for _, pairs in jobs]
         rows = [x for (slot, _), place in zip(jobs, places, strict=True) for x in (slot, place)]
-        self.launches.append(_Launch(sums, results, table.add(rows), len(jobs), chunks, size))
+        start = table.add(rows)
+        self.launches.append(_Launch(frozenset(flags), groups, start, len(jobs), chunks, size))
 
     def run(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """Run a kernel.
@@ -210,10 +223,9 @@ class Gradients:
         """
         call, tiles = self.call, self.tiles
         for todo in self.launches:
-            groups = ceil_div(call.channels, sum(tiles.rows)) if todo.sums else 1
             launch(
                 kernel,
-                groups * todo.chunks * call.batch * todo.programs,
+                todo.groups * todo.chunks * call.batch * todo.programs,
                 call.device_table,
                 *args,
                 todo.jobs,
@@ -229,8 +241,7 @@ class Gradients:
                 R1=tiles.rows[1],
                 BK=tiles.step,
                 BN=tiles.tokens,
-                SUMS=todo.sums,
-                RESULTS=todo.results,
+                **{name: name in todo.flags for name in (*self.sums, _RESULTS)},
                 **constants,
                 warps=tiles.warps,
             )

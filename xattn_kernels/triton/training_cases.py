@@ -39,6 +39,6 @@ def _call(slots: Slots, schedule: Schedule) -> None:
 
 OPERATORS = {
     "cross_attention_block_training": Operator(
-        _call, types=("bf16", "fp32"), flags=("SOURCE", "SUMS", "RESULTS")
+        _call, types=("bf16", "fp32"), flags=("SOURCE", "FIRST", "SECOND", "SUMS", "RESULTS")
     )
 }

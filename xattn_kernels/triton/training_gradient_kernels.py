@@ -70,7 +70,8 @@ def gradient_kernel(
     BK: tl.constexpr,
     BN: tl.constexpr,
     SOURCE: tl.constexpr,
-    SUMS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     RESULTS: tl.constexpr,
     DOT: tl.constexpr,
     DT: tl.constexpr,
@@ -96,7 +97,7 @@ def gradient_kernel(
     LAYERS: tl.constexpr = 2 if SOURCE else 1
     pid = tl.program_id(0)
     group = 0
-    if SUMS:
+    if FIRST or SECOND:
         group = pid % GROUPS
         pid = pid // GROUPS
     split = pid % splits
@@ -210,28 +211,32 @@ def gradient_kernel(
                 d1 = d0
                 if C1 > 0:
                     d1 = tl.zeros([C1, BN], tl.float32)
-                if SUMS:
+                if FIRST or SECOND:
                     zeros = tl.zeros([R0, BN], tl.float32)
                     h = first_layer(w1, bias, r0, c0, c1, x0, x1, zeros, C, P, C1, DOT)
-                    da = product_transposed(w2, r0, c0, c1, e0, e1, zeros, P, C1, DOT)
-                    da = tl.where(h > 0.0, da, 0.0)
-                    b0 += tl.sum(da, 1)
-                    s00, s01 = outer(h, e0, e1, s00, s01, C1, DOT)
-                    t00, t01 = outer(da, x0, x1, t00, t01, C1, DOT)
-                    if RESULTS and GROUPS == 1:
-                        d0, d1 = columns(w1, c0, c1, r0, da, d0, d1, P, C1, DOT)
+                    if SECOND:
+                        s00, s01 = outer(h, e0, e1, s00, s01, C1, DOT)
+                    if FIRST:
+                        da = product_transposed(w2, r0, c0, c1, e0, e1, zeros, P, C1, DOT)
+                        da = tl.where(h > 0.0, da, 0.0)
+                        b0 += tl.sum(da, 1)
+                        t00, t01 = outer(da, x0, x1, t00, t01, C1, DOT)
+                        if RESULTS and GROUPS == 1:
+                            d0, d1 = columns(w1, c0, c1, r0, da, d0, d1, P, C1, DOT)
                     if R1 > 0:
                         zeros = tl.zeros([R1, BN], tl.float32)
                         h = first_layer(w1, bias, r1, c0, c1, x0, x1, zeros, C, P, C1, DOT)
-                        da = product_transposed(w2, r1, c0, c1, e0, e1, zeros, P, C1, DOT)
-                        da = tl.where(h > 0.0, da, 0.0)
-                        b1 += tl.sum(da, 1)
-                        s10, s11 = outer(h, e0, e1, s10, s11, C1, DOT)
-                        t10, t11 = outer(da, x0, x1, t10, t11, C1, DOT)
-                        if RESULTS and GROUPS == 1:
-                            d0, d1 = columns(w1, c0, c1, r1, da, d0, d1, P, C1, DOT)
+                        if SECOND:
+                            s10, s11 = outer(h, e0, e1, s10, s11, C1, DOT)
+                        if FIRST:
+                            da = product_transposed(w2, r1, c0, c1, e0, e1, zeros, P, C1, DOT)
+                            da = tl.where(h > 0.0, da, 0.0)
+                            b1 += tl.sum(da, 1)
+                            t10, t11 = outer(da, x0, x1, t10, t11, C1, DOT)
+                            if RESULTS and GROUPS == 1:
+                                d0, d1 = columns(w1, c0, c1, r1, da, d0, d1, P, C1, DOT)
                 if RESULTS:
-                    if not (SUMS and GROUPS == 1):
+                    if not (FIRST and GROUPS == 1):
                         for k in range(0, C, BK):
                             r = k + tl.arange(0, BK)
                             zeros = tl.zeros([BK, BN], tl.float32)
@@ -243,10 +248,11 @@ def gradient_kernel(
                         table, result, batch, c0, c1, n, valid, d0, d1, C, C1, D_MINOR,
                         D_VECTOR, D_WIDE,
                     )  # fmt: skip
-            if SUMS:
-                part = (tl.load(table + starts + pair) + split) * batch_size + batch
-                out = parts + part * (2 * C + 1) * C
+            part = (tl.load(table + starts + pair) + split) * batch_size + batch
+            out = parts + part * (2 * C + 1) * C
+            if SECOND:
                 store_sums(out, r0, r1, c0, c1, s00, s01, s10, s11, C, R1, C1)
+            if FIRST:
                 store_sums(out + C * C, r0, r1, c0, c1, t00, t01, t10, t11, C, R1, C1)
                 store_vector(out + 2 * C * C, r0, r1, b0, b1, C, R1)
             tl.debug_barrier()

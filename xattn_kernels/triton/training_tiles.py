@@ -14,6 +14,8 @@ class Tiles(NamedTuple):
     step: int
     tokens: int
     warps: int
+    together: bool = True
+    """Whether a launch computes all sums that need groups of rows."""
 
 
 #: Widest block that has a tile in registers, by how products are computed.
@@ -43,4 +45,5 @@ def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
         rows = (64, 0) if phase == "gradients" else whole
         return Tiles(rows, 16, 16 if phase == "target_sums" else 32, 8)
     wide = phase in ("moments", "states")
-    return Tiles((64, 0), 16, 32 if wide and width <= 160 else 16, 8)
+    tokens = 32 if wide and width <= 160 else 16
+    return Tiles((64, 0), 16, tokens, 8, together=False)

@@ -300,7 +300,9 @@ def source_sums(
         )  # fmt: skip
     each = call.each()
     chunks, sums = call.chunks(call.channels), call.chunks(1)
-    launches = Gradients(call, chunks, tiles_of("values", call.channels, call.dot), grad_features)
+    launches = Gradients(
+        call, chunks, tiles_of("values", call.channels, call.dot), grad_features, ["SUMS"]
+    )
     with call.running():
         from xattn_kernels.triton.training_gradient_kernels import value_gradient_kernel
         from xattn_kernels.triton.training_sums_kernels import key_sums_kernel
@@ -410,7 +412,8 @@ def _gradients(
     """Run the gradient kernel of a side."""
     each, pairs, channels = call.each(), len(call.slots), call.channels
     chunks = call.chunks(2 * channels)
-    launches = Gradients(call, chunks, tiles_of("gradients", channels, call.dot), grad_features)
+    tiles = tiles_of("gradients", channels, call.dot)
+    launches = Gradients(call, chunks, tiles, grad_features, ["FIRST", "SECOND"])
     with call.running():
         from xattn_kernels.triton.training_gradient_kernels import gradient_kernel
 
