@@ -28,20 +28,25 @@ def collect() -> dict[str, Any]:
         "commit": _commit(),
         "python": facts["python"],
         "torch": torch.__version__,
+        "triton": facts["packages"]["triton"],
         "platform": facts["platform"],
         "processor": facts["cpu"]["model"],
+        "mhz": _megahertz(),
         "cores": facts["cpu"]["cores"],
         "threads": torch.get_num_threads(),
         "isa": native and native["isa"],
         "engines": [engine["name"] for engine in facts["engines"] if engine["available"]],
         "load": os.getloadavg()[0],
+        "gpu": facts["gpu"]["devices"][0]["name"] if facts["gpu"]["devices"] else None,
+        "gpu_driver_and_clocks": _gpu_state(),
     }
 
 
 def to_text(environment: dict[str, Any]) -> str:
     """One line for people."""
+    gpu = f"{environment['gpu']}, " if environment.get("gpu") else ""
     return (
-        f"{environment['processor']} ({environment['isa']}), {environment['threads']} of "
+        f"{gpu}{environment['processor']} ({environment['isa']}), {environment['threads']} of "
         f"{environment['cores']} cores, torch {environment['torch']}, "
         f"xattn_kernels {environment['version']} ({environment['commit'] or 'no commit'})"
     )
@@ -63,6 +68,25 @@ def compiler_error() -> str | None:
     if shutil.which(compiler) is None:
         return f"torch.compile needs a C++ compiler at run time, and {compiler} is not there"
     return None
+
+
+def _megahertz() -> float | None:
+    """Clock of the first core now; None where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(float(x.partition(":")[2]) for x in lines if x.startswith("cpu MHz"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _gpu_state() -> str | None:
+    """Driver, and clocks of multiprocessors and memory now; None without a GPU or its tool."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[2] or None
 
 
 def _commit() -> str | None:

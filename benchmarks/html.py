@@ -28,8 +28,8 @@ WHY = {
     "attention passes is therefore diluted, and the head gains by projecting every scale at its "
     "own resolution instead of in one wide map at full resolution.",
     4: "A kernel can be no faster than its arithmetic allows, nor than its data come from memory. "
-    "Both limits are measured in the same run: the arithmetic that a loop or a matrix product "
-    "reaches, and the bytes that a copy moves.",
+    "The yardsticks are measured in the same run: the arithmetic of a large matrix product, and "
+    "the bytes that a copy moves. They are what good code reaches, not what nothing can exceed.",
 }
 """Why there is something to find, by question. What was found is said by the suites."""
 

@@ -135,7 +135,7 @@ def bars(folder: Path, root: Path) -> str:
 def gpu_bars_table(folder: Path, root: Path) -> str:
     """All bars of the GPU, measured or not."""
     runs = record.read(folder)
-    found = promises.measured(record.suites(runs).values())
+    found = promises.measured(result for run in runs for result in run["suites"].values())
     cells = report.bar_cells_of([{**asdict(bar), "met": bar.met} for bar in found])
     return "\n\n".join([report.markdown(*cells), *([_sources(runs)] if runs else [])])
 

@@ -15,7 +15,7 @@ from .suites import SUITES
 RESULTS = Path(__file__).parent / "results"
 THOROUGHNESS = ("smoke", "quick", "network", "scaling", "gpu", "full")
 """Presets, those whose figures are preferred last."""
-PICTURES = {"scaling": 2, "alternatives": 1, "limits": 1, "cam": 1, "network": 1}
+PICTURES = {"scaling": 2, "alternatives": 2, "limits": 1, "cam": 1, "network": 1}
 """How many of the first plots of a suite are kept as pictures, for the README."""
 
 Run = dict[str, Any]
@@ -26,8 +26,8 @@ def machine(run: Run) -> str:
     facts = run["environment"]
     if run["device"] == "cpu":
         return f"cpu-{facts['cores']}-cores"
-    words = re.findall(r"[a-z0-9]+", str(facts["gpu"]).lower())
-    return "-".join(word for word in words if word not in ("nvidia", "gpu"))
+    words = re.findall(r"[a-z0-9]+", str(facts.get("gpu") or "gpu").lower())
+    return "-".join(word for word in words if word != "nvidia")
 
 
 def adopt(file: Path, results: Path | None = None) -> Path:
@@ -68,7 +68,7 @@ def read(folder: Path) -> list[Run]:
 def suites(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Every suite from the run that is preferred among those that have it."""
     found = {name: result for run in runs for name, result in run["suites"].items()}
-    return {name: found[name] for name in SUITES if name in found}
+    return {name: found[name] for name in (*SUITES, *found) if name in found}
 
 
 def pictures(

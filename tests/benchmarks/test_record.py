@@ -40,6 +40,7 @@ def test_machines() -> None:
     for name, folder in (("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090")):
         run = {**make_run(facts={"gpu": name}), "device": "cuda"}
         assert record.machine(run) == folder
+    assert record.machine({**make_run(), "device": "cuda"}) == "gpu"
 
 
 def whole(preset: str) -> dict[str, Any]:
@@ -144,7 +145,10 @@ def test_every_gpu_bar_without_results_is_listed_as_not_measured(tmp_path: Path)
 
 def test_gpu_bars_of_record(tmp_path: Path) -> None:
     first = replace(gpu_bars.BARS[0], value=12.0)
-    write(tmp_path / "results" / "gpu" / "gpu.json", make_run("gpu", cam=Result("", bars=[first])))
+    folder = tmp_path / "results" / "gpu"
+    write(folder / "gpu-cam.json", make_run("gpu", cam=Result("", bars=[first])))
+    # A later run of the same suite knows nothing of that bar.
+    write(folder / "gpu.json", make_run("gpu", {"date": "2027"}, cam=Result("")))
     text = readme.with_tables(GPU_BLOCK, tmp_path)
     assert f"| {first.name} | 12x | >= 10x | met |" in text
     assert text.count("| not measured |") == len(gpu_bars.BARS) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_commit_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error is not None and "no-such-compiler" in error
     monkeypatch.setenv("PATH", "")
     assert environment.collect()["commit"] is None
+
+
+def test_clocks_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = environment.collect()
+    assert facts["mhz"] is None or facts["mhz"] > 100
+    assert environment.to_text({**facts, "gpu": "NVIDIA H200"}).startswith("NVIDIA H200, ")
+    assert environment.to_text({**facts, "gpu": None}).startswith(facts["processor"])
+    done = subprocess.CompletedProcess("", 0, "driver, clocks\n580.1, 1980 MHz, 3201 MHz\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert environment._gpu_state() == "580.1, 1980 MHz, 3201 MHz"
 
 
 def test_busy_machine_is_warned_about() -> None:
