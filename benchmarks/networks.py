@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,9 @@ from xattn_models.sca_mtl import SCAMTL, sca_mtl
 from .problems import IMAGE, TASKS, as_if_trained
 
 NUM_OUTPUTS = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
+MORE_OUTPUTS = NUM_OUTPUTS | {"sal": 1}
+"""With what a fifth task has."""
+BACKBONE = "hrnet_w18_small_v2"
 OP_BY_OP, COMPILED, OURS, CONVERTED = "op by op", "compiled", "ours", "converted"
 ERROR = 1e-5
 """Largest relative L2 error of an output in float32."""
@@ -39,20 +42,31 @@ class FixedPyramid(nn.Module):
         return [self.get_buffer(f"scale_{s}") for s in range(len(STRIDES))]
 
 
-def make(way: str, size: Size = IMAGE, *, backbone: bool = False) -> nn.Module:
-    """A network of T = 4 tasks in eval mode; all ways have the same parameters."""
+def make(
+    way: str,
+    size: Size = IMAGE,
+    *,
+    backbone: bool | str = False,
+    tasks: Sequence[str] = TASKS,
+) -> nn.Module:
+    """A network in eval mode; all ways have the same parameters.
+
+    Args:
+        way: one of the above.
+        size: (H, W) of the images.
+        backbone: a name of timm's; True: that of the published network; False: none.
+        tasks: the first of `MORE_OUTPUTS`.
+    """
+    name = BACKBONE if backbone is True else backbone
+    outputs = {task: MORE_OUTPUTS[task] for task in tasks}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        source = op_by_op.SCAMTL(
-            TASKS, NUM_OUTPUTS, "hrnet_w18_small_v2" if backbone else FixedPyramid(size)
-        )
+        source = op_by_op.SCAMTL(tasks, outputs, name or FixedPyramid(size))
         as_if_trained(source)
     model: nn.Module = source
     if way == OURS:
         model = (
-            sca_mtl(TASKS, NUM_OUTPUTS)
-            if backbone
-            else SCAMTL(FixedPyramid(size), TASKS, NUM_OUTPUTS)
+            sca_mtl(tasks, outputs, name) if name else SCAMTL(FixedPyramid(size), tasks, outputs)
         )
         model.load_state_dict(source.state_dict())
     elif way == CONVERTED:
@@ -61,14 +75,14 @@ def make(way: str, size: Size = IMAGE, *, backbone: bool = False) -> nn.Module:
     return model.eval()
 
 
-def image(size: Size = IMAGE) -> Tensor:
-    """(1, 3, H, W), standard normal."""
-    return torch.randn((1, 3, *size), generator=torch.Generator().manual_seed(2))
+def image(size: Size = IMAGE, batch: int = 1) -> Tensor:
+    """(B, 3, H, W), standard normal."""
+    return torch.randn((batch, 3, *size), generator=torch.Generator().manual_seed(2))
 
 
 def targets(output: Mapping[str, Any]) -> dict[str, Tensor]:
     """The outputs of the tasks alone."""
-    return {task: output[task] for task in TASKS}
+    return {task: output[task] for task in MORE_OUTPUTS if task in output}
 
 
 def check_outputs(

@@ -8,10 +8,11 @@ SUITES = (
     "limits",
     "cam",
     "cam_memory",
-    "training",
+    "recompute",
     "softmax",
     "linear",
     "head",
     "network",
     "network_training",
+    "network_scaling",
 )
