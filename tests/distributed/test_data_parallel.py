@@ -171,6 +171,8 @@ CASES = [
         for sizes in [(1, 3), (2, 1, 3, 1)]
         for recompute in (True, False)
     ),
+    # Too few tokens on each rank, and enough or not on all together.
+    *(partial(trains, "CrossAttention", sizes, True, size=(2, 4)) for sizes in [(1, 7), (1, 2)]),
     partial(trains, "CrossTaskAttention", (2, 2), True, momentum=None),
     partial(trains, "CrossTaskAttention", (2, 2), False, kind="softmax", heads=3),
     *(
@@ -185,6 +187,7 @@ CASES = [
 ]
 
 
+@pytest.mark.timeout(world.PYTEST_LIMIT)
 def test_data_parallel() -> None:
     failures = world.run(CASES)
     assert not failures, "\n".join(failures)

@@ -325,6 +325,7 @@ CASES = [
 ]
 
 
+@pytest.mark.timeout(world.PYTEST_LIMIT)
 def test_shard_rows() -> None:
     failures = world.run(CASES)
     assert not failures, "\n".join(failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 import time
@@ -27,11 +28,16 @@ GRACE = 5.0
 Case = Callable[[], None]
 
 
-def run(cases: Sequence[Case], limit: float = 240) -> list[str]:
+LIMIT = 240.0
+"""Seconds after which a rank shows where it is, and ends."""
+
+PYTEST_LIMIT = 2 * LIMIT
+
+
+def run(cases: Sequence[Case]) -> list[str]:
     """Run functions one after the other on `RANKS` processes; return what failed, with tracebacks.
 
-    A rank stops at its first failure; the others, which may wait for it, are killed soon after, and
-    all of them after `limit` seconds.
+    A rank stops at its first failure; the others, which may wait for it, are killed soon after.
     """
     context = torch.multiprocessing.get_context("spawn")
     failures = []
@@ -45,7 +51,7 @@ def run(cases: Sequence[Case], limit: float = 240) -> list[str]:
             theirs.close()
             processes.append(process)
             pipes[ours] = rank
-        end = time.monotonic() + limit
+        end = time.monotonic() + LIMIT + GRACE
         while pipes:
             ready = wait(list(pipes), timeout=max(0.0, end - time.monotonic()))
             if not ready:
@@ -69,6 +75,7 @@ def run(cases: Sequence[Case], limit: float = 240) -> list[str]:
 
 
 def _work(rank: int, address: str, cases: Sequence[Case], answer: Any) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory starts as NaN
