@@ -1,9 +1,9 @@
 """What got faster or slower between runs: ``python -m benchmarks.compare A.json B.json``.
 
-A case is one time in a table. Its ratio, B over A, is that of the medians; it lies beyond the noise
-if the medians are further apart than the half interquartile ranges of both together, and than a
-floor: from one run to the next, clocks and memory layout move times by more than their spread
-within a run shows.
+A case is one time (in ms) or rate in a table. Its ratio is that of the medians, of the time in B
+over that in A; it lies beyond the noise if the medians are further apart than the half
+interquartile ranges of both together, and than a floor: from one run to the next, clocks and memory
+layout move times by more than their spread within a run shows.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ class Case(NamedTuple):
     suite: str
     name: str
     before: list[float]
-    """Median and quartiles, ms."""
+    """Median and quartiles; ms, or a rate."""
     after: list[float]
     noise: float
     """Relative difference that means nothing."""
+    rate: bool = False
 
     @property
     def ratio(self) -> float:
-        """After over before."""
-        return self.after[0] / self.before[0]
+        """Time after over time before."""
+        ratio = self.after[0] / self.before[0]
+        return 1 / ratio if self.rate else ratio
 
     @property
     def verdict(self) -> str:
@@ -76,13 +78,10 @@ class Comparison(NamedTuple):
 def compare(before: dict[str, Any], after: dict[str, Any], floor: float = FLOOR) -> Comparison:
     """Match the cases of two runs, of `report.read`."""
     old, new = _timings(before), _timings(after)
-    cases = [
-        Case(
-            *key, old[key], new[key], max(floor, report.spread(old[key]) + report.spread(new[key]))
-        )
-        for key in old
-        if key in new
-    ]
+    cases = []
+    for key in (key for key in old if key in new):
+        noise = max(floor, report.spread(old[key]) + report.spread(new[key]))
+        cases.append(Case(*key, old[key], new[key], noise, report.is_rate(key[1])))
     failed = [
         f"{name}: {result['failure']}"
         for name, result in after["suites"].items()
@@ -121,7 +120,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def show(console: Console, found: Comparison) -> None:
     """Print the table and what it comes to."""
-    table = Table("suite", "case", "A, ms", "B, ms", "B / A", "noise", "")
+    table = Table("suite", "case", "A", "B", "time B / A", "noise", "")
     for column in table.columns[2:6]:
         column.justify = "right"
     styles = {"slower": "red", "faster": "green", "same": ""}

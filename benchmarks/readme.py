@@ -187,10 +187,12 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "limits": suite("limits"),
     "limits in short": answers("limits"),
     "CAM set": suite("cam"),
-    "CAM set in short": answers("cam"),
+    "recompute": suite("recompute"),
+    "recompute in short": answers("recompute"),
     "head": suite("head"),
     "network": suite("network"),
-    "network in short": answers("network"),
+    "network scaling": suite("network_scaling"),
+    "network scaling in short": answers("network_scaling"),
     "network training": suite("network_training"),
 }
 """What makes each table, by its name in the comments; from its source and the root folder."""

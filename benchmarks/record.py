@@ -15,7 +15,7 @@ from .suites import SUITES
 RESULTS = Path(__file__).parent / "results"
 THOROUGHNESS = ("smoke", "quick", "network", "scaling", "gpu", "full")
 """Presets, those whose figures are preferred last."""
-PICTURES = {"scaling": 2, "alternatives": 2, "limits": 1, "cam": 1, "network": 1}
+PICTURES = {"scaling": 2, "alternatives": 2, "limits": 1, "recompute": 2, "network_scaling": 1}
 """How many of the first plots of a suite are kept as pictures, for the README."""
 
 Run = dict[str, Any]

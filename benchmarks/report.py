@@ -159,7 +159,7 @@ def _bar_cells(bar: dict[str, Any]) -> list[str]:
 
 
 def timings(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float]]]:
-    """Name of the case, column, and median and quartiles in ms of every time of a suite.
+    """Name of the case, column, and median and quartiles of every time (ms) or rate of a suite.
 
     A case goes by the columns before its first measured value: those of text and whole numbers.
     """
@@ -177,10 +177,15 @@ def is_timing(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3
 
 
+def is_rate(column: str) -> bool:
+    """Whether the figures of a column are the better the larger they are."""
+    return column.endswith("/s")
+
+
 def spread(timing: Sequence[float]) -> float:
     """Half the interquartile range, relative to the median."""
     middle, low, high = timing
-    return (high - low) / 2 / middle if middle else 0.0
+    return abs(high - low) / 2 / middle if middle else 0.0
 
 
 def median_spread(report: dict[str, Any]) -> float | None:

@@ -33,6 +33,15 @@ def test_beyond_the_quartiles() -> None:
     }
 
 
+def test_rates_are_better_when_larger() -> None:
+    def rate(value: float) -> dict[str, Any]:
+        row = {"way": "a", "ours, images/s": [value, 0.99 * value, 1.01 * value]}
+        return make_run(net=Result("", ["way", "ours, images/s"], [row]))
+
+    [case] = compare.compare(rate(10.0), rate(5.0)).cases
+    assert case.verdict == "slower" and case.ratio == pytest.approx(2.0)
+
+
 def test_floor() -> None:
     before, after = run(a=[10.0, 10.0, 10.0]), run(a=[10.4, 10.4, 10.4])
     assert verdicts(before, after) == {"a; forward": "same"}

@@ -62,7 +62,7 @@ def test_how_sure() -> None:
     page = Page(html.page(make_run(things=RESULT)))
     text = re.sub(r"\s+", " ", page.text)
     assert "Suites that passed: 1 of 1." in text
-    assert "Each of the 2 times is a median" in text and "within ±2.0 % of it" in text
+    assert "Each of the 2 times or rates is a median" in text and "within ±2.0 % of it" in text
     assert "0 of 2 bars are met, 1 could not be measured here." in text
     assert "was idle before the run" in text
 

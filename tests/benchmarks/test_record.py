@@ -110,19 +110,19 @@ def test_pictures_follow_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 BLOCKS = "\n".join(
     f"<!-- begin {name}: results/m -->\nold\n<!-- end {name} -->\n"
-    for name in ("bars", "CAM set", "CAM set in short")
+    for name in ("bars", "recompute", "recompute in short")
 )
 
 
 def test_readme_has_answers_table_bars_and_pictures(tmp_path: Path) -> None:
-    write(tmp_path / "results" / "m" / "quick.json", make_run(cam=RESULT))
+    write(tmp_path / "results" / "m" / "quick.json", make_run(recompute=RESULT))
     text = readme.with_tables(BLOCKS, tmp_path)
     for part in (
         "| speed | 1.5x | >= 2x | NOT MET |",
         "- `run <it>`: A <fast> CPU",
         "- Fused is 1.5 times as fast & no less.",
         "| a | big | 12.3 ±0.5 | 1,234 |",
-        "![Time over tokens](results/m/cam-1.png)",
+        "![Time over tokens](results/m/recompute-1.png)",
     ):
         assert part in text
     assert "old" not in text
@@ -165,10 +165,10 @@ def test_command_writes_text_and_pictures(
     file = write(tmp_path / "new.json", whole("full"))
     assert readme.main(["--check"]) == 1
     assert readme.main([str(file)]) == 0
-    assert (tmp_path / "results" / "cpu-2-cores" / "cam-1.png").exists()
+    assert (tmp_path / "results" / "cpu-2-cores" / "recompute-1.png").exists()
     assert "12.3 ±0.5" in readme.README.read_text()
     assert readme.main(["--check"]) == 0
-    (tmp_path / "results" / "cpu-2-cores" / "cam-1.png").unlink()
+    (tmp_path / "results" / "cpu-2-cores" / "recompute-1.png").unlink()
     assert readme.main(["--check"]) == 1
     write(file, {"format": 1, "suites": {}})
     assert readme.main([str(file)]) == 2
