@@ -21,6 +21,7 @@ from xattn_kernels.triton.maths import (
     dot,
     extent,
     load_tile,
+    multiple,
     relu,
     slot_base,
     slot_offsets,
@@ -205,15 +206,19 @@ def pixel_kernel(
     Y_VECTOR: tl.constexpr,
     Y_WIDE: tl.constexpr,
     P_WIDE: tl.constexpr,
+    N_VECTOR: tl.constexpr,
 ):
-    """A tile of pixels of a sample; some of the outputs where these are many."""
+    """A tile of pixels of a sample; some of the outputs where these are many.
+
+    The pixels of a sample are a multiple of N_VECTOR.
+    """
     pid = tl.program_id(0)
     tile = pid % tiles
     batch = (pid // tiles) % batch_size
     group = pid // tiles // batch_size
     tokens = height * width
     n = tile * BN + tl.arange(0, BN)
-    valid = n < extent(tokens, "n", Z_VECTOR)
+    valid = n < multiple(tokens, N_VECTOR)
     c0 = tl.arange(0, C0)
     c1 = c0
     o0 = group * (O0 + O1) + tl.arange(0, O0)

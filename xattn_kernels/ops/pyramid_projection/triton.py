@@ -15,6 +15,7 @@ Levels past the fourth are interpolated by torch, in float32 and at full resolut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,6 +222,7 @@ class _Pixels:
             "BH": tiles.hidden,
             "BN": tiles.tokens,
             "LEVELS": 1 + len(products),
+            "N_VECTOR": math.gcd(self.height * self.width, 16),
             **layout_constants(
                 X=layout(flat[:1]),
                 W=layout(matrices[:1]),
