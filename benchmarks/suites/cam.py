@@ -14,15 +14,17 @@ from xattn_kernels.functional import cross_attention_block, pack_block_weights
 from xattn_kernels.ops import native
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
-from xattn_kernels.testing.measure import interleaved
 
 from .. import environment
 from ..checks import truths_in_one_order
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Plot, Preset, Result, Series, measured, milliseconds
 from ..problems import SCALES, SCHEDULE, OpByOpSet, Scale
 
 OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "compiled", "fused", "fused bf16"
 VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs compiled", "bf16 vs fp32"
+
+SHARE = 0.6
+"""Of the preset's time for one comparison, for each scale."""
 
 Call = Callable[[], Any]
 
@@ -32,6 +34,7 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
     result = Result(
         "CAM set: 12 edges, T=4, B=1, inference, NCHW",
         ["scale", OP_BY_OP, COMPILED, FUSED, VS_OP_BY_OP, VS_COMPILED, "GFLOP/s", BF16, GAIN],
+        question=2,
         notes=[
             f"{TIMES}; every call allocates its outputs. compiled: torch.compile of op by op, all "
             "edges in one graph."
@@ -47,11 +50,7 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
         say(f"scale {number}: checking")
         calls = _calls(scale, [name for name, reason in missing.items() if reason is None], say)
         say(f"scale {number}: timing")
-        timings = interleaved(
-            calls,
-            repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
-            min_sample_s=preset.sample_seconds,
-        )
+        timings = measured(calls, preset, share=SHARE)
         medians = {name: timing.median for name, timing in timings.items()}
         row: dict[str, Any] = {"scale": str(scale)}
         row |= {name: milliseconds(timing) for name, timing in timings.items()}
@@ -63,7 +62,35 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
             row[GAIN] = medians[FUSED] / medians[BF16]
         result.rows.append(row)
     result.bars = _bars(result.rows, missing)
+    result.answers = [_answer(result.rows)]
+    result.plots = [_plot(result.rows)]
     return result
+
+
+def _answer(rows: Sequence[dict[str, Any]]) -> str:
+    gains = [row[VS_OP_BY_OP] for row in rows]
+    text = (
+        "The 12 cross-attentions of a scale, projections included, are "
+        f"{geometric_mean(gains):.1f} times as fast fused as op by op ({min(gains):.1f} to "
+        f"{max(gains):.1f} by scale)"
+    )
+    compiled = [row[VS_COMPILED] for row in rows if VS_COMPILED in row]
+    if compiled:
+        text += f" and {geometric_mean(compiled):.1f} times as fast as under torch.compile"
+    return f"{text}: no map between input and output is written."
+
+
+def _plot(rows: Sequence[dict[str, Any]]) -> Plot:
+    series = [
+        Series(
+            way,
+            [row["scale"] for row in rows],
+            *([row[way][i] for row in rows] for i in range(3)),
+        )
+        for way in (OP_BY_OP, COMPILED, FUSED, BF16)
+        if all(way in row for row in rows)
+    ]
+    return Plot("bars", "The 12 cross-attentions of a scale, inference", "scale", "ms", series)
 
 
 def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> dict[str, Call]:

@@ -31,6 +31,7 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
             "ratio",
             "ratio without weights",
         ],
+        question=2,
         notes=[
             "rise: resident memory at the peak of a process's first call of this size beyond that "
             "before it, outputs included. ratio: (inputs + rise) / (inputs + outputs); inputs are "
@@ -50,6 +51,12 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
                 "ratio without weights": _ratio(fused, fused["features"]),
             }
         )
+    first = result.rows[0]
+    result.answers = [
+        f"At scale {first['scale']}, the fused call takes {first['rise']:.0f} MiB beyond its "
+        f"inputs, of which {first['outputs']:.0f} are the results; op by op it is "
+        f"{first['op by op: rise']:.0f} MiB."
+    ]
     result.bars = [
         Bar(
             f"CAM set, peak memory / (inputs + outputs), worst scale{which}",

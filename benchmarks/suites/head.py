@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from xattn_kernels import modules
 from xattn_kernels.cost import STRIDES, WIDTHS
 from xattn_kernels.testing import op_by_op
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+from xattn_kernels.testing.measure import in_fresh_process, peak_memory
 
 from .. import environment
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Preset, Result, measured, milliseconds
 from ..networks import (
     COMPILED,
     OP_BY_OP,
@@ -36,6 +36,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
         f"Head: CSAM and aggregation of 4 scales, {size[0]}x{size[1]}, B=1, {OUTPUTS} outputs, "
         "fp32, inference",
         ["way", "forward", VS_OURS, RISE],
+        question=3,
         notes=[
             f"{TIMES}. compiled: torch.compile of op by op. rise at peak: resident memory in a "
             "process's first call beyond that before it, outputs and folded weights included."
@@ -56,11 +57,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
             say("compiling the op-by-op version")
         check_outputs(way, {"output": call()}, {"output": exact})
     say("timing")
-    timings = interleaved(
-        calls,
-        repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
-        min_sample_s=preset.sample_seconds,
-    )
+    timings = measured(calls, preset)
     say("memory")
     rises = {way: in_fresh_process(rise_bytes, way, size) for way in (OP_BY_OP, OURS)}
     gains = {way: timing.median / timings[OURS].median for way, timing in timings.items()}
@@ -69,6 +66,11 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
         if way in rises:
             row[RISE] = rises[way] / MIB
         result.rows.append(row)
+    result.answers = [
+        f"One head with its cross-scale attention is {gains[OP_BY_OP]:.1f} times as fast as op by "
+        f"op, and at its peak takes {rises[OURS] / MIB:.0f} MiB instead of "
+        f"{rises[OP_BY_OP] / MIB:.0f}: scales are projected before they are upsampled."
+    ]
     result.bars = [
         Bar("head, op by op / ours", 4.0, ">=", gains[OP_BY_OP], "x"),
         Bar("head, torch.compile / ours", 2.5, ">=", gains.get(COMPILED), "x", missing or ""),

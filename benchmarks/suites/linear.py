@@ -17,7 +17,7 @@ from xattn_kernels.testing.compare import check
 from xattn_kernels.testing.measure import interleaved
 
 from ..checks import truths_in_one_order
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Plot, Preset, Result, Series, measured, milliseconds
 from ..problems import SCHEDULE, TASKS
 
 CHANNELS = 36
@@ -31,17 +31,14 @@ def run(preset: Preset, say: Callable[[str], None], all_tokens: Sequence[int] = 
     result = Result(
         f"Linear core: 12 edges, T=4, B=1, C={CHANNELS}, fp32",
         ["tokens", "forward", "ns per edge and token"],
+        question=1,
         notes=[f"{TIMES}."],
     )
     medians = []
     for tokens in all_tokens:
         say(f"{tokens} tokens")
         call = _checked_call(tokens)
-        [timing] = interleaved(
-            {"": call},
-            repetitions=preset.repetitions_of(seconds_of(call)),
-            min_sample_s=preset.sample_seconds,
-        ).values()
+        [timing] = measured({"": call}, preset).values()
         medians.append(timing.median)
         each = 1e9 * timing.median / (SCHEDULE.num_edges * tokens)
         result.rows.append(
@@ -55,6 +52,27 @@ def run(preset: Preset, say: Callable[[str], None], all_tokens: Sequence[int] = 
     ]
     span = f"N={all_tokens[0]} to {all_tokens[-1]}"
     result.notes.append(f"The time grows as N^{exponent:.3f}.")
+    result.answers = [
+        f"The linear core's time grows as the number of tokens to the power {exponent:.2f} "
+        f"({span}): {result.rows[-1]['ns per edge and token']:.1f} ns for a token of a pair."
+    ]
+    result.plots = [
+        Plot(
+            "lines",
+            "Growth of the linear core",
+            "tokens",
+            "ms",
+            [
+                Series(
+                    f"12 pairs, C={CHANNELS}",
+                    list(all_tokens),
+                    *([row["forward"][i] for row in result.rows] for i in range(3)),
+                )
+            ],
+            x_log=True,
+            y_log=True,
+        )
+    ]
     result.bars = [
         Bar(f"linear core, {span}, |growth exponent - 1|", 0.1, "<=", abs(exponent - 1)),
         Bar(

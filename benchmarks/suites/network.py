@@ -9,10 +9,10 @@ import torch
 
 from xattn_kernels import flops
 from xattn_kernels.cost_network import network_flops
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+from xattn_kernels.testing.measure import in_fresh_process, peak_memory
 
 from .. import environment
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Preset, Result, measured, milliseconds
 from ..networks import (
     COMPILED,
     CONVERTED,
@@ -38,6 +38,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     result = Result(
         f"Network without backbone: T=4, {size[0]}x{size[1]}, B=1, fp32, inference",
         ["way", "forward", VS_OURS, FIRST, LATER, GFLOP],
+        question=3,
         notes=[
             f"{TIMES}. compiled: torch.compile of op by op. converted: op by op after convert_. "
             "rise: resident memory at the peak of a process's first call of this size or the next, "
@@ -62,11 +63,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     say("counting operations")
     counted = {way: count(way, size) for way in (OP_BY_OP, OURS)}
     say("timing")
-    timings = interleaved(
-        calls,
-        repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
-        min_sample_s=preset.sample_seconds,
-    )
+    timings = measured(calls, preset)
     say("memory")
     rises = {way: in_fresh_process(rise_bytes, way, size) for way in (OP_BY_OP, OURS)}
     gains = {way: timing.median / timings[OURS].median for way, timing in timings.items()}
@@ -76,6 +73,12 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
             first, later = rises[way]
             row |= {FIRST: first / MIB, LATER: later / MIB, GFLOP: counted[way] / 1e9}
         result.rows.append(row)
+    result.answers = [
+        f"After its backbone, the network is {gains[OP_BY_OP]:.1f} times as fast as op by op, with "
+        f"{counted[OURS] / 1e9:.0f} instead of {counted[OP_BY_OP] / 1e9:.0f} GFLOP for the same "
+        f"outputs and {rises[OURS][1] / MIB:.0f} instead of {rises[OP_BY_OP][1] / MIB:.0f} MiB at "
+        "the peak."
+    ]
     result.bars = [
         Bar("network, op by op / ours", 2.2, ">=", gains[OP_BY_OP], "x"),
         Bar("network, torch.compile / ours", 1.5, ">=", gains.get(COMPILED), "x", missing or ""),

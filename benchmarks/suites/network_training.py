@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory
+from xattn_kernels.testing.measure import in_fresh_process, peak_memory
 
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Preset, Result, measured, milliseconds
 from ..networks import OP_BY_OP, OURS, Size, check_outputs, image, make, targets
 from ..problems import IMAGE, TASKS
 
@@ -26,6 +26,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     result = Result(
         f"Training, whole network: T=4, {size[0]}x{size[1]}, B=1, fp32, Adam",
         ["way", "step", "rise at peak, MiB"],
+        question=3,
         notes=[
             f"{TIMES}. A step is forward, backward and Adam; the loss has the deep supervision of "
             "all scales. rise at peak: resident memory in a process's first step beyond that "
@@ -36,12 +37,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     _check(size)
     say("timing")
     steps = {way: Step(way, size) for way in WAYS}
-    timings = interleaved(
-        steps,
-        repetitions=preset.repetitions_of(sum(map(seconds_of, steps.values()))),
-        warmup=0,
-        min_sample_s=preset.sample_seconds,
-    )
+    timings = measured(steps, preset, warmup=0)
     del steps
     say("memory")
     rises = {way: in_fresh_process(rise_bytes, way, size) for way in WAYS}
@@ -53,6 +49,11 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
                 "rise at peak, MiB": rises[way] / MIB,
             }
         )
+    result.answers = [
+        "A training step of the whole network is "
+        f"{timings[OP_BY_OP].median / timings[OURS].median:.1f} times as fast as op by op, and at "
+        f"its peak takes {rises[OURS] / MIB:,.0f} instead of {rises[OP_BY_OP] / MIB:,.0f} MiB."
+    ]
     result.bars = [
         Bar(
             "training network, op by op / ours",

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xattn_kernels.functional import softmax_cross_attention
 from xattn_kernels.testing.compare import check
-from xattn_kernels.testing.measure import in_fresh_process, interleaved, peak_memory, tensor_bytes
+from xattn_kernels.testing.measure import in_fresh_process, peak_memory, tensor_bytes
 
 from ..checks import truths_in_one_order
-from ..core import TIMES, Bar, Preset, Result, milliseconds, seconds_of
+from ..core import TIMES, Bar, Preset, Result, measured, milliseconds
 from ..problems import SCHEDULE, TASKS
 
 CHANNELS, TOKENS = 72, 4800
@@ -31,6 +31,7 @@ def run(preset: Preset, say: Callable[[str], None], tokens: int = TOKENS) -> Res
     result = Result(
         f"Softmax core: 12 edges, T=4, B=1, N={tokens}, C={CHANNELS}, one head, fp32",
         ["way", "forward", "forward + backward", "memory beyond results, MiB", "score matrices"],
+        question=2,
         notes=[
             f"{TIMES}. memory beyond results: rise of the resident set in "
             "forward and backward less outputs and gradients; in score matrices of one edge "
@@ -59,9 +60,9 @@ def run(preset: Preset, say: Callable[[str], None], tokens: int = TOKENS) -> Res
         # Views of (B, C, N) do not get torch's flash kernel: slow, and only shown for the forward.
         timed = [way for way in ways if way != SDPA_AS_GIVEN or step is _forward]
         calls = {way: step(ways[way], slots[way]) for way in timed}
-        timings[name] = interleaved(
+        timings[name] = measured(
             calls,
-            repetitions=preset.repetitions_of(sum(map(seconds_of, calls.values()))),
+            preset,
             warmup=0,
         )
     say("memory")
@@ -73,6 +74,11 @@ def run(preset: Preset, say: Callable[[str], None], tokens: int = TOKENS) -> Res
             row["memory beyond results, MiB"] = beyond[way] / MIB
             row["score matrices"] = beyond[way] / (4 * tokens**2)
         result.rows.append(row)
+    result.answers = [
+        f"Softmax attention of 12 pairs of {tokens} tokens, forward and backward, needs "
+        f"{beyond[OURS] / MIB:.0f} MiB beyond its results; the scores of one pair alone would take "
+        f"{4 * tokens**2 / MIB:.0f} MiB."
+    ]
     for name, timing in timings.items():
         gain = timing[SDPA].median / timing[OURS].median
         result.bars.append(Bar(f"softmax core, {name}, torch's SDPA / ours", 1.0, ">=", gain, "x"))

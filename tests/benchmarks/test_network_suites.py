@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import environment, networks
 from benchmarks.core import PRESETS, Result
-from benchmarks.suites import SUITES, head, network, network_training
+from benchmarks.suites import SUITES, head, network, network_scaling, network_training
 
 SMOKE = PRESETS["smoke"]
 SIZE = (32, 64)
@@ -35,7 +35,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_registered() -> None:
-    assert SUITES[-3:] == ("head", "network", "network_training")
+    assert SUITES[-4:] == ("head", "network", "network_training", "network_scaling")
 
 
 def test_head() -> None:
@@ -53,6 +53,26 @@ def test_network() -> None:
 
 def test_network_training() -> None:
     complete(network_training.run(SMOKE, quiet, TRAINING_SIZE))
+
+
+def test_network_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_scaling, "in_fresh_process", lambda *_: 2**20)
+    setting = network_scaling.Setting("batch", 2, batch=2, tasks=5, size=SIZE)
+    again = network_scaling.Setting("tasks", 5, batch=2, tasks=5, size=SIZE)
+    result = network_scaling.run(SMOKE, quiet, [setting, again])
+    complete(result)
+    first, second = result.rows
+    assert first["gain"] == second["gain"]  # the same network is measured once
+    assert [plot.title for plot in result.plots] == [
+        "Whole network by batch",
+        "Whole network by tasks",
+    ]
+    assert result.answers and "images a second" in result.answers[0]
+
+
+def test_settings_of_the_network() -> None:
+    varied = {setting.varied for setting in network_scaling.settings()}
+    assert varied == {"batch", "tasks", "resolution", "backbone"}
 
 
 def test_memory() -> None:
@@ -78,7 +98,7 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for suite in (network, network_training):
         monkeypatch.setattr(suite, "make", wrong)
-        monkeypatch.setattr(suite, "interleaved", None)
+        monkeypatch.setattr(suite, "measured", None)
         size = SIZE if suite is network else TRAINING_SIZE
         with pytest.raises(AssertionError, match="ours, depth: relative L2 error"):
             suite.run(SMOKE, quiet, size)

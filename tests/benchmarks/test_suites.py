@@ -11,7 +11,7 @@ import torch
 from benchmarks import environment
 from benchmarks.core import PRESETS, Result
 from benchmarks.problems import SCHEDULE, OpByOpSet, Scale
-from benchmarks.suites import cam, cam_memory, linear, softmax, training
+from benchmarks.suites import cam, cam_memory, linear, recompute, softmax
 from xattn_kernels.cost import NYUD_V2
 from xattn_kernels.functional import cross_attention_block
 
@@ -85,22 +85,40 @@ class SmallScale(Scale):
 
 @pytest.fixture
 def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "Scale", SmallScale)
-    monkeypatch.setattr(training, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(recompute, "Scale", SmallScale)
+    monkeypatch.setattr(recompute, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(environment, "compiler_error", lambda: "no compiler today")
 
 
 @pytest.mark.usefixtures("small_training")
 def test_training() -> None:
-    result = training.run(SMOKE, quiet)
+    result = recompute.run(SMOKE, quiet, scales=(0,))
     complete(result)
-    by_op, ours = (row["saved for backward, MiB"] for row in result.rows)
-    assert 0 < ours < by_op
+    by_op, stored, ours = (row[recompute.SAVED] for row in result.rows)
+    assert 0 < ours < stored < by_op
+    bars = {bar.name: bar for bar in result.bars}
+    assert bars["training CTAM, scale 0, torch.compile / ours"].note == "no compiler today"
+    assert {plot.kind for plot in result.plots} == {"bars", "lines"}
 
 
 def test_memory_of_a_training_step() -> None:
-    rise = training.in_fresh_process(training.rise_bytes, training.OURS, 3, 1)
-    gradients = sum(4 * x.numel() for x in training.Step(training.OURS, 3, 1).module.parameters())
-    assert rise > gradients
+    rise = recompute.in_fresh_process(recompute.rise_bytes, recompute.RECOMPUTED, 3, 1)
+    step = recompute.Step(recompute.RECOMPUTED, 3, 1)
+    assert rise > sum(4 * x.numel() for x in step.module.parameters())
+
+
+def test_saved_bytes_of_the_pairs_are_constant_in_the_targets() -> None:
+    saved = [recompute.saved_by_targets(targets, 0, 1, "cpu") for targets in (2, 4)]
+    maps = recompute.MAPS * 4 * 36 * 19200
+    assert maps <= min(saved) and max(saved) < 1.03 * maps
+
+
+def test_backward_is_measured_alone() -> None:
+    step = recompute.Step(recompute.RECOMPUTED, 3, 2)
+    backward = step.backward()
+    first, second = backward(), backward()
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_softmax() -> None:
@@ -135,7 +153,7 @@ def test_wrong_results_are_not_timed(
         raise RuntimeError("timed")
 
     monkeypatch.setattr(suite, name, off_by_a_thousandth(getattr(suite, name)))
-    monkeypatch.setattr(suite, "interleaved", timed)
+    monkeypatch.setattr(suite, "measured", timed)
     if suite is cam:
         monkeypatch.setattr(cam, "SCALES", (3,))
         monkeypatch.setattr(environment, "compiler_error", lambda: "not now")
@@ -145,13 +163,13 @@ def test_wrong_results_are_not_timed(
 
 @pytest.mark.usefixtures("small_training")
 def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(training.Step):
+    class Wrong(recompute.Step):
         def results(self) -> dict[str, torch.Tensor]:
             found = super().results()
-            if self.way == training.OURS:
+            if self.way == recompute.RECOMPUTED:
                 found["gradient depth"] *= 1.01
             return found
 
-    monkeypatch.setattr(training, "Step", Wrong)
-    with pytest.raises(AssertionError, match="gradient depth: relative L2 error"):
-        training.run(SMOKE, quiet)
+    monkeypatch.setattr(recompute, "Step", Wrong)
+    with pytest.raises(AssertionError, match="ours, gradient depth: relative L2 error"):
+        recompute.run(SMOKE, quiet, scales=(0,))
