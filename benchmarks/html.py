@@ -13,6 +13,8 @@ from . import environment, plots, report
 from .core import PRESETS, QUESTIONS
 
 TEMPLATE = "report.html.jinja"
+AT_ONCE = 4
+"""Answers to a question that are read at once; of more, the first of every suite is."""
 
 WHY = {
     1: "If every map of every task and scale reads every other, 4 tasks at 4 scales make 240 "
@@ -75,11 +77,14 @@ def page(found: dict[str, Any]) -> str:
 
 def _section(number: int, suites: list[dict[str, Any]]) -> dict[str, Any]:
     own = [suite for suite in suites if suite["question"] == number]
+    answers = [answer for suite in own for answer in suite["answers"]]
+    if len(answers) > AT_ONCE:
+        answers = [answer for suite in own for answer in suite["answers"][:1]]
     return {
         "number": number,
         "question": QUESTIONS[number],
         "why": WHY[number],
-        "answers": [answer for suite in own for answer in suite["answers"][:1]],
+        "answers": answers,
         "suites": own,
         "presets": [name for name in PRESETS if name != "smoke"],
     }

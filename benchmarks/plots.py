@@ -30,6 +30,8 @@ SOURCE = "Source"
 _OWN_WORDS = ("ours", "fused", "sequential linear", "sequential, linear")
 _SMALL = 8.5
 _LABELLED_TICKS = 9
+#: Factor between the ends of x from which an exponent is told.
+_SPAN = 3.9
 #: Span of a logarithmic axis below which powers of ten are too few ticks.
 _NARROW = 50
 
@@ -77,13 +79,17 @@ def fingerprint_of(picture: Path) -> str | None:
 
 
 def exponent(series: Data) -> float | None:
-    """The power of x with which the measured values grow; None for less than three points."""
+    """The power of x with which the measured values grow.
+
+    None for less than three points, or a span of x too short to tell.
+    """
     points = [
         (log(x), log(y))
         for x, y, modelled in zip(series["x"], series["y"], _modelled(series), strict=True)
         if not modelled and x > 0 and y > 0
     ]
-    if len({x for x, _ in points}) < 3:
+    tokens = [x for x, _ in points]
+    if len(set(tokens)) < 3 or max(tokens) - min(tokens) < log(_SPAN):
         return None
     return linear_regression(*zip(*points, strict=True)).slope
 
@@ -196,7 +202,9 @@ def _legend(axes: Axes, plot: Data) -> None:
         handles.append(
             Line2D([], [], linestyle="--", marker="o", color="#444444", mfc="white", label=_HOLLOW)
         )
-    axes.legend(handles=handles, fontsize=_SMALL, frameon=False, handlelength=2.6)
+    axes.legend(
+        handles=handles, fontsize=_SMALL, edgecolor="none", framealpha=0.85, handlelength=2.6
+    )
 
 
 def _bars(axes: Axes, plot: Data) -> None:

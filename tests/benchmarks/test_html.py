@@ -58,6 +58,15 @@ def test_every_question_is_answered() -> None:
         assert part in page.text
 
 
+def test_many_answers_are_shortened() -> None:
+    answers = [f"finding {number} of many" for number in range(html.AT_ONCE)]
+    few = Page(html.page(make_run(things=replace(RESULT, answers=answers)))).text
+    assert few.count("of many") == 2 * len(answers)
+    answers.append("another of many")
+    many = Page(html.page(make_run(things=replace(RESULT, answers=answers)))).text
+    assert many.count("of many") == 1 + len(answers)
+
+
 def test_how_sure() -> None:
     page = Page(html.page(make_run(things=RESULT)))
     text = re.sub(r"\s+", " ", page.text)

@@ -64,6 +64,8 @@ def test_exponent_is_that_of_the_measured_points() -> None:
     assert plots.exponent(ours) == pytest.approx(1.0)
     two = {"x": [1, 2, 4], "y": [1.0, 2.0, 9.0], "modelled": [False, False, True]}
     assert plots.exponent(two) is None
+    close = {"x": [10, 11, 12], "y": [1.0, 2.0, 4.0], "modelled": None}
+    assert plots.exponent(close) is None
 
 
 def legend(axes: Axes) -> list[str]:
