@@ -15,10 +15,10 @@ ROOT = FOLDER.parents[2]
 
 #: The files there, and how many tests each has: one that disappears is noticed here.
 FILES = {
-    "shared.py": 13,
+    "shared.py": 15,
     "linear.py": 83,
     "linear_edges.py": 38,
-    "block.py": 44,
+    "block.py": 46,
     "softmax.py": 68,
     "pyramid.py": 45,
     "library.py": 28,

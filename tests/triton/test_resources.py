@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from xattn_kernels.triton import aot, launch, resources
+from xattn_kernels.schedule import Schedule
+from xattn_kernels.triton import aot, launch, resources, tuning
 from xattn_kernels.triton.resources import Case
 
 FILE = Path(__file__).parents[2] / "docs" / "triton_resources.json"
@@ -32,22 +33,23 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-#: Kernels over the budget of spills: wide ones whose tiles were chosen for sm_90 in bfloat16, as
-#: they are on sm_80 and sm_120, or with tf32 products. Slow there and right; no more may join them.
-OVER_BUDGET = 47
+#: Kernels over the budget of spills, and by which number: a tile without spills would compute keys
+#: twice as often.
+KNOWN = {"sm_120 cross_attention_block fp16 C=144 source_kernel": 81}
 
 
-def is_tolerated(row: dict[str, Any]) -> bool:
-    """Whether all that is wrong with a row are spills on a card or in a type not tuned for."""
-    untuned = row["sm"] in (80, 120) or row["products"] == "tf32"
-    return untuned and all("spilling" in problem for problem in resources.problems(row))
+def is_known(row: dict[str, Any]) -> bool:
+    """Whether all that is wrong with a row are spills that are known."""
+    return row["spills"] <= KNOWN.get(resources.identity(row), 0) and not resources.problems(
+        {**row, "spills": 0}
+    )
 
 
 def test_all_rows_are_acceptable(table: dict[str, Any]) -> None:
     bad = [row for row in table["kernels"] if resources.problems(row)]
     found = {resources.identity(row): resources.problems(row) for row in bad}
-    assert all(map(is_tolerated, bad)), found
-    assert len(bad) <= OVER_BUDGET, found
+    assert all(map(is_known, bad)), found
+    assert len(bad) == len(KNOWN), found
 
 
 def test_all_cases_are_there(table: dict[str, Any]) -> None:
@@ -77,11 +79,46 @@ def test_compiled_again(case: Case, capability: int, table: dict[str, Any]) -> N
         if (row["operator"], row["C"], row["type"], row["sm"]) == (*case, capability)
     ]
     compiled = list(resources.rows([case], [capability]))
-    assert all(map(is_tolerated, (row for row in compiled if resources.problems(row))))
+    assert all(map(is_known, (row for row in compiled if resources.problems(row))))
     assert list(map(resources.identity, compiled)) == list(map(resources.identity, written))
     if triton.__version__ == table["triton"]:
         how = f"python -m xattn_kernels.triton.resources {FILE.relative_to(FILE.parents[1])}"
         assert compiled == written, f"the kernels have changed; run {how}"
+
+
+def test_a_set_of_cross_attention_blocks_takes_three_launches() -> None:
+    """In a CUDA graph too: no table has to be written before the first kernel."""
+
+    def slots(count: int = 4) -> list[torch.Tensor]:
+        return [torch.empty(1, 36, 64, dtype=torch.bfloat16) for _ in range(count)]
+
+    with launch.recorded() as found:
+        resources.operators()["cross_attention_block"].call(slots, Schedule.cross_task(4))
+    names = [x.kernel.__name__ for x in found]
+    assert names == ["source_kernel", "reduce_kernel", "target_kernel"]
+    table, template, length = found[0].args[:3]
+    assert length == template.numel()
+    assert all(x.args[0] is table for x in found)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_shipped_tiles(capability: int) -> None:
+    """Those of every kernel at the published widths are in the table."""
+    arch, missing = 90 if capability in (90, 100) else 80, []
+    for operator in ("linear_cross_attention", "softmax_cross_attention", "cross_attention_block"):
+        for case in resources.cases([operator]):
+            with pytest.MonkeyPatch.context() as patch:
+
+                def shipped(task: tuning.Task, found: int, rule: Any) -> Any:
+                    assert found == arch
+                    entry = tuning.entry_name(task.kernel, task.widths, task.dot)
+                    if entry not in tuning._table()[f"sm_{arch}"]:
+                        missing.append(entry)
+                    return rule(*task.widths, task.dot, arch)
+
+                patch.setattr(tuning, "shipped", shipped)
+                case.launches(capability)
+    assert not missing
 
 
 def test_the_table_writer_compiles() -> None:

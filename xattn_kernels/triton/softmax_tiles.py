@@ -45,7 +45,8 @@ def query_gradient_tiles(width: int, value_width: int, dot: str, architecture: i
     """For the kernel of dq, which holds all channels of a head."""
     wide = _wider(width, value_width)
     if dot == "ieee":
-        return Tiles(16, 16, 16, 4 if wide <= 48 and architecture == 80 else 8, False)
+        few_warps = 80 < wide <= 160 or (wide <= 48 and architecture == 80)
+        return Tiles(16, 16, 16, 4 if few_warps else 8, False)
     if wide > 160 and architecture == 80:
         return Tiles(16, 64, 16, 8, False) if dot == "bf16" else Tiles(16, 16, 32, 4, False)
     few = wide > 48 and dot == "tf32" and architecture == 80
@@ -57,8 +58,12 @@ def source_gradient_tiles(
 ) -> SourceTiles:
     """For the kernel of dk and dv; rows of 64 are multiplied best, here the keys."""
     wide = _wider(width, value_width)
+    if dot == "ieee":
+        few_warps = wide <= 48 and architecture == 80
+        together = wide <= 160 or architecture == 90
+        return SourceTiles(16, 16, 16, 4 if few_warps else 8, False, together)
     tiles = query_gradient_tiles(width, value_width, dot, architecture)
-    together = dot == "ieee" or wide <= (80 if architecture == 80 else 160)
+    together = wide <= (80 if architecture == 80 else 160)
     return SourceTiles(tiles.step, tiles.keys, tiles.queries, *tiles[3:], together)
 
 

@@ -57,6 +57,7 @@ BLOCKS = [
     Block("chunks", Schedule.cross_task(2), (300, 600), channels=5, batch=1),
     Block("one_channel", Schedule.cross_task(2), (5, 7), channels=1),
     Block("empty_source", Schedule.cross_task(3), (20, 0, 10), channels=8),
+    Block("empty_sources", Schedule.from_edges([(0, 1, 0, 0)], num_queries=2), (20, 0), channels=8),
     Block("empty_batch", Schedule.cross_task(2), (20, 10), channels=8, batch=0),
 ]
 

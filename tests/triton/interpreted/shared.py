@@ -9,7 +9,7 @@ import triton.language as tl
 
 from xattn_kernels.testing.cases import LAYOUTS
 from xattn_kernels.testing.compositions import feature_map as expected_map
-from xattn_kernels.triton import maths, runtime
+from xattn_kernels.triton import maths, runtime, table_kernel
 from xattn_kernels.triton.runtime import Table, layout, pieces
 
 
@@ -25,6 +25,19 @@ def _map_kernel(x, y, slope, N: tl.constexpr, PHI: tl.constexpr, EXACT: tl.const
 def _round_kernel(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y + i, maths.to_tf32(tl.load(x + i)))
+
+
+@triton.jit
+def _complete_kernel(
+    table, template, length,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    table_kernel.complete_table(
+        table, template, length,
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+        a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -104,3 +117,41 @@ def test_table_written_by_a_kernel() -> None:
     table = runtime._write(values, torch.device("cpu"))
     assert table.tolist()[:150] == values
     assert not table[150:].any()
+
+
+def test_table_completed_by_a_kernel() -> None:
+    """What changes from call to call are arguments, one for every memory; the rest is the same."""
+
+    def make() -> tuple[Table, list[torch.Tensor | None]]:
+        buffer = torch.empty(2, 40, 30)
+        slots = [*(torch.empty(2, 3, 4 + i) for i in range(31)), None, *buffer.split(10, 1)]
+        table = Table()
+        table.add([2**40, 3, 0])
+        table.add_slots(slots)
+        table.add_lists([[7], [], [8, 9]])
+        return table, slots
+
+    (table, slots), (other, _) = make(), make()
+    found, same = (x.by_kernel(torch.device("cpu"), runs=True) for x in (table, other))
+    assert torch.equal(found[1], same[1])
+    assert found[2] == len(table.values)
+    assert found[3:] != same[3:]
+    assert found[34] == slots[-1].untyped_storage().data_ptr()  # type: ignore[union-attr]
+    assert found.table.tolist() != table.values
+    _complete_kernel[(2,)](*found)
+    assert found.table.tolist() == table.values
+
+
+def test_tables_that_no_kernel_completes() -> None:
+    many, few = Table(), Table()
+    slots = [torch.empty(1, 1, 1) for _ in range(33)]
+    many.add_slots(slots)
+    few.add_slots(slots[:32])
+    device = torch.device("cpu")
+    for table, runs in ((many, True), (few, False)):
+        found = table.by_kernel(device, runs)
+        assert found.table.tolist() == table.values
+        assert found[2] == 0
+        _complete_kernel[(1,)](*found)
+        assert found.table.tolist() == table.values
+    assert few.by_kernel(device, runs=True)[2] == 32 * runtime.ROW
