@@ -244,4 +244,5 @@ class Gradients:
                 **{name: name in todo.flags for name in (*self.sums, _RESULTS)},
                 **constants,
                 warps=tiles.warps,
+                stages=tiles.stages,
             )

@@ -16,21 +16,27 @@ class Tiles(NamedTuple):
     warps: int
     together: bool = True
     """Whether a launch computes all sums that need groups of rows."""
+    stages: int = 2
 
 
 #: Widest block that has a tile in registers, by how products are computed.
 _WIDEST = {"ieee": 48, "tf32": 80, "bf16": MAX_WIDTH}
+#: The same of the passes that have more in them.
+_WIDEST_BACKWARD = {"ieee": 48, "tf32": 80, "bf16": 160}
+_BACKWARD = ("target_sums", "target_gradients", "source_sums", "source_gradients")
 #: Passes that sum (C, C) products over tokens.
 _SUMS = ("moments", "states", "target_sums", "gradients", "values")
 
 
 def is_fused(phase: str, channels: int, dot: str) -> bool:
     """Whether kernels compute a pass from features alone."""
-    return phase == "input_gradient" or channels <= _WIDEST[dot]
+    if phase == "input_gradient":
+        return True
+    return channels <= (_WIDEST_BACKWARD if phase in _BACKWARD else _WIDEST)[dot]
 
 
 def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
-    """For the kernel of a pass; ``source_sums`` has two, ``key_sums`` and ``values``."""
+    """For the kernel of a pass: ``gradients`` for both sides, ``key_sums``, ``values``."""
     whole = pieces(channels)
     width = sum(whole)
     if phase not in _SUMS:
@@ -39,11 +45,12 @@ def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
     if dot == "ieee":
         rows = (32, 0) if phase in ("gradients", "values") and width > 32 else whole
         return Tiles(rows, 16, 16, 8)
+    stages = 1 if phase == "gradients" else 2
     if width <= 48:
-        return Tiles(whole, 16, 32, 4)
+        return Tiles(whole, 16, 32, 4, stages=stages)
     if width <= 80:
-        rows = (64, 0) if phase == "gradients" else whole
-        return Tiles(rows, 16, 16 if phase == "target_sums" else 32, 8)
+        rows = (64, 0) if phase in ("gradients", "target_sums") else whole
+        return Tiles(rows, 16, 32, 8)
     wide = phase in ("moments", "states")
     tokens = 32 if wide and width <= 160 else 16
-    return Tiles((64, 0), 16, tokens, 8, together=False)
+    return Tiles((64, 0), 16, tokens, 8, together=False, stages=stages)

@@ -254,7 +254,7 @@ def target_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums for the query layers (P, C, C), (P, C, C), (P, C); adds to `grad_features`."""
     call = Call(features, slots)
-    if not is_fused("gradients", call.channels, call.dot):
+    if not is_fused("target_gradients", call.channels, call.dot):
         return reference.target_gradients(
             features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
             state_z, eps, grad_outputs, coefficients, grad_features,
@@ -343,7 +343,7 @@ def source_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as :func:`target_gradients` for the key layers."""
     call = Call(features, slots)
-    if not is_fused("gradients", call.channels, call.dot):
+    if not is_fused("source_gradients", call.channels, call.dot):
         return reference.source_gradients(
             features, center, slots, first, first_bias, second, affine, grad_s, grad_z,
             coefficients, grad_features,
