@@ -72,7 +72,7 @@ PRESETS = {
         replace(
             _FULL,
             name="gpu",
-            suites=("complexity", "scaling", "alternatives", "limits"),
+            suites=("complexity", "scaling", "alternatives", "limits", "recompute"),
             device="cuda",
         ),
         replace(_FULL, name="scaling", suites=_SCALING),

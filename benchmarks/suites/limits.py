@@ -68,7 +68,7 @@ def run(
         say(f"checking {operator}, {case.name}")
         work[f"{operator}, {case.name}"] = _checked(operator, case, dtype, preset.device)
     say("timing")
-    timings = measured({name: w.call for name, w in work.items()}, preset, share=2.0)
+    timings = measured({name: w.call for name, w in work.items()}, preset, share=1.5)
     seconds = {name: timing.median for name, timing in timings.items()}
     peak, bandwidth = work[GEMM].flops / seconds[GEMM], work[COPY].bytes / seconds[COPY]
     limits = {n: max(w.flops / peak, w.bytes / bandwidth) / seconds[n] for n, w in work.items()}

@@ -22,7 +22,7 @@ from ..patterns import ALL_PAIRS, LINEAR, SEQUENTIAL, SOFTMAX, STORED, WAYS, Gri
 MIB, GIB = 2**20, 2**30
 MEMORY_SHARE = 0.7
 """Part of the available memory that stored scores may take."""
-SHARE = 0.3
+SHARE = 0.2
 """Of the preset's time for one comparison, for each of the many here."""
 Image = tuple[int, int]
 Way = tuple[str, str]
@@ -105,6 +105,7 @@ def run(
     if resolutions is None:
         resolutions = THOROUGH if preset.thorough else RESOLUTIONS
     points = _resolutions(preset, say, resolutions)
+    result.notes += _left_out(preset, points, resolutions)
     base = [p for p in points if p.value == _name(resolutions[0]) and p.way != WAYS[-1]]
     for axis, (at_base, others) in VARIED.items():
         points += [replace(point, axis=axis, value=at_base) for point in base]
@@ -138,6 +139,19 @@ def _resolutions(
         ways = [way for way in WAYS if grid.model(*way).peak_bytes < allowed]
         points += _measure(preset, say, "resolution", _name(image), grid, ways)
     return points
+
+
+def _left_out(preset: Preset, points: Sequence[Point], images: Sequence[Image]) -> list[str]:
+    """What was not tried for want of memory."""
+    tried = {(point.value, point.way) for point in points}
+    return [
+        f"{', '.join(way)}, {_name(image)}: not run, as it takes "
+        f"{Grid.of(image).model(*way).peak_bytes / GIB:.1f} GiB and of the "
+        f"{device_memory(preset) / GIB:.1f} GiB available {MEMORY_SHARE:.0%} may be used."
+        for image in images
+        for way in WAYS
+        if (_name(image), way) not in tried
+    ]
 
 
 def _measure(
@@ -198,6 +212,8 @@ def _modelled(points: Sequence[Point]) -> list[Point]:
     found = []
     for way in WAYS:
         of_way = _of(points, "resolution", way)
+        if not of_way:
+            continue
         last = max(of_way, key=lambda point: point.tokens)
         there = last.grid.model(*way)
         for image in LARGER:

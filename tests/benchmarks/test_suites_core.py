@@ -145,6 +145,8 @@ def test_stored_scores_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyP
     points = scaling._resolutions(SMOKE, quiet, IMAGES)
     stored = [point for point in points if point.way == patterns.WAYS[-1]]
     assert [point.value for point in stored] == ["32x32"]
+    notes = scaling._left_out(SMOKE, points, IMAGES)
+    assert notes[-1].startswith("all pairs, softmax, scores stored, 32x64: not run, as it takes")
 
 
 @pytest.mark.usefixtures("small_scaling")
