@@ -1,14 +1,17 @@
 """The passes of the cross-attention block in training in Triton, each for all pairs at once.
 
-`reference.py` says what each computes. A pass is one launch that computes everything it needs from
-the features and, where it sums over tokens, a second one that adds what chunks of tokens gave, in a
-fixed order. Nothing of the size of a feature map is stored but what a pass is to write.
+`reference.py` says what each computes. A pass is one launch (`source_sums`: two, keys and values)
+that computes everything it needs from the features and, where it sums over tokens, a second one
+that adds what chunks of tokens gave, in a fixed order. Nothing of the size of a feature map is
+stored but what a pass is to write.
 
 Kernels that sum (C, C) products for a group of rows compute all else again for every group. Where
 groups are needed, gradients of features are left to a launch of their own.
 
-Where a block is too wide for its precision to have a tile in registers (:func:`is_fused`), a pass
-is made of matrix products of torch: the reference, one pair at a time.
+Products of bfloat16 features are of bfloat16 operands, those of float16 features of tf32 operands;
+states, statistics and sums are float32. Where a block is too wide for its precision to have a tile
+in registers (:func:`is_fused`), a pass is made of matrix products of torch in float32: the
+reference, one pair at a time.
 """
 
 from __future__ import annotations
