@@ -22,7 +22,7 @@ from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.cache import DerivedCache
 from xattn_kernels.modules.checks import without_autocast
 from xattn_kernels.modules.layers import Projection, ProjectionSet, is_stock
-from xattn_kernels.modules.normalisation import fold
+from xattn_kernels.modules.normalisation import BatchNorm, fold
 from xattn_kernels.modules.projection import Layers, as_image, project_cell
 from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
 from xattn_kernels.registry import Problem, current_backend, find
@@ -273,9 +273,17 @@ def _update(
 ) -> None:
     """Update running statistics from means and unbiased variances of (slot, block, projection)."""
     projections = [block.projections() for block in blocks]
+    # A block's batch norms once a round: reused blocks need one for each edge.
+    rounds: list[list[tuple[BatchNorm, Tensor, Tensor]]] = []
+    uses = dict.fromkeys(range(len(blocks)), 0)
     for target, source, b in wiring.edges:
+        if uses[b] == len(rounds):
+            rounds.append([])
         for slot, p in ((target, 0), (target, 1), (source, 2), (source, 3), (source, 4)):
-            normalisation.update(projections[b][p].bn, *statistics[slot, b, p])
+            rounds[uses[b]].append((projections[b][p].bn, *statistics[slot, b, p]))
+        uses[b] += 1
+    for one in rounds:
+        normalisation.update_each(*zip(*one, strict=True))
 
 
 def attend_folded(

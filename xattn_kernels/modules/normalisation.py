@@ -128,6 +128,29 @@ def update(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
         running.lerp_(new.to(running.dtype), factor)
 
 
+def update_each(
+    norms: Sequence[BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor]
+) -> None:
+    """`update` of several batch norms, of which none is given twice, in a few operations."""
+    momentum = norms[0].momentum
+    counts, running, new = [], [], []
+    for bn, mean, var in zip(norms, means, variances, strict=True):
+        count, buffers = bn.num_batches_tracked, (bn.running_mean, bn.running_var)
+        if bn.training and bn.track_running_stats and count is not None:
+            counts.append(count)
+            for x, y in zip(buffers, (mean, var), strict=True):
+                if x is not None:
+                    running.append(x)
+                    new.append(y.to(x.dtype))
+    alike = all(bn.momentum == momentum for bn in norms)
+    if momentum is None or not alike or len(counts) < len(norms):
+        for bn, mean, var in zip(norms, means, variances, strict=True):
+            update(bn, mean, var)
+        return
+    torch._foreach_add_(counts, 1)
+    torch._foreach_lerp_(running, new, momentum)
+
+
 def normalise(
     norm: nn.Module, inputs: Sequence[Tensor], rows: ProcessGroup | None = None
 ) -> list[Tensor]:
