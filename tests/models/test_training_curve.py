@@ -1,9 +1,8 @@
-"""Two hundred steps of training: by recompute, with everything stored, and op by op."""
+"""Two hundred steps of training, by recompute and op by op."""
 
 from __future__ import annotations
 
 import network_support as support
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,17 +53,14 @@ def curve(model: nn.Module) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_follows_op_by_op(recompute: bool) -> None:
-    """Within 1 % at every step, in float32."""
+def test_follows_op_by_op() -> None:
+    """Within 1 % at every step, in float32; op by op in float64 is no closer to it."""
     ours, theirs = support.pair(TASKS, dtype=torch.float32, training=True)
-    for module in ours.modules():
-        if hasattr(module, "recompute"):
-            module.recompute = recompute
+    for part in ours.modules():
+        if hasattr(part, "recompute"):
+            part.recompute = True
     with xattn_kernels.backend("cpu"):
         actual = curve(settle(ours))
     expected = curve(settle(theirs))
     assert expected[-1] < 0.9 * expected[0], "nothing was learnt"
-    worst = max(abs(a - e) / e for a, e in zip(actual, expected, strict=True))
-    print(f"largest deviation {worst:.2e}, loss {expected[0]:.3f} to {expected[-1]:.3f}")
-    assert worst <= 0.01
+    assert max(abs(a - e) / e for a, e in zip(actual, expected, strict=True)) <= 0.01
