@@ -7,6 +7,7 @@ are split by rows of their feature maps: see `shard_rows`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,18 @@ class _Rows:
     """A process group as an attribute of modules. Copies of a module share it."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+        # Weak: a group of gloo that outlives `destroy_process_group` may abort the process's exit.
+        self._group = weakref.ref(group)
+
+    @property
+    def group(self) -> ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "the process group over which rows are split was destroyed: call "
+                "shard_rows(module, None), or shard_rows with another group"
+            )
+        return group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Rows:
         return self
