@@ -20,10 +20,15 @@ class Tiles(NamedTuple):
 
 
 #: Widest block that has a tile in registers, by how products are computed.
-_WIDEST = {"ieee": 48, "tf32": 80, "bf16": MAX_WIDTH}
-#: The same of the passes that have more in them.
-_WIDEST_BACKWARD = {"ieee": 48, "tf32": 80, "bf16": 160}
-_BACKWARD = ("target_sums", "target_gradients", "source_sums", "source_gradients")
+_WIDEST = {"ieee": 80, "tf32": 80, "bf16": MAX_WIDTH}
+#: The same of passes that have more in them.
+_EXCEPTIONS = {
+    ("attend", "ieee"): 48,
+    ("target_sums", "bf16"): 160,
+    ("target_gradients", "bf16"): 160,
+    ("source_sums", "bf16"): 160,
+    ("source_gradients", "bf16"): 160,
+}
 #: Passes that sum (C, C) products over tokens.
 _SUMS = ("moments", "states", "target_sums", "gradients", "values")
 
@@ -32,7 +37,7 @@ def is_fused(phase: str, channels: int, dot: str) -> bool:
     """Whether kernels compute a pass from features alone."""
     if phase == "input_gradient":
         return True
-    return channels <= (_WIDEST_BACKWARD if phase in _BACKWARD else _WIDEST)[dot]
+    return channels <= _EXCEPTIONS.get((phase, dot), _WIDEST[dot])
 
 
 def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
@@ -43,8 +48,8 @@ def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
         tokens = 16 if dot == "ieee" else 64 if width <= 80 else 32
         return Tiles((16, 0), 16, tokens, 8)
     if dot == "ieee":
-        rows = (32, 0) if phase in ("gradients", "values") and width > 32 else whole
-        return Tiles(rows, 16, 16, 8)
+        grouped = width > (32 if phase in ("gradients", "values") else 48)
+        return Tiles((32, 0) if grouped else whole, 16, 16, 8)
     stages = 1 if phase == "gradients" else 2
     if width <= 48:
         return Tiles(whole, 16, 32, 4, stages=stages)

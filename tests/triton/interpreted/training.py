@@ -172,6 +172,7 @@ CASES = [
     SHARED,
     Case("one_channel", (5, 3), 1),
     Case("pieces", (20, 33), 36, batch=1),
+    Case("groups", (9,), 72, slots=(0,), outputs=(0,), batch=1),
     Case("chunks", (300, 530), 5, batch=1),
     Case("channels_last", (24, 20), 12, format="channels_last"),
     Case("steps", (9, 20), 12, format="steps"),
