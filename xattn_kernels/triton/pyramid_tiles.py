@@ -36,6 +36,11 @@ def pixel_tiles(channels: int, outputs: int, dot: str) -> Tiles:
     return Tiles(32, 64 if wide else 128, 0, 8)
 
 
+def stored_tiles(tiles: Tiles, dot: str) -> Tiles:
+    """For the same kernel where it reads z: enough for a thread that its loads are wide."""
+    return tiles._replace(hidden=32, warps=4) if dot == "tf32" else tiles
+
+
 def gradient_tiles(dot: str) -> Tiles:
     """For the gradients at the hidden channels."""
     if dot == "ieee":

@@ -35,6 +35,7 @@ from xattn_kernels.triton.pyramid_tiles import (
     output_pieces,
     pixel_tiles,
     project_tiles,
+    stored_tiles,
 )
 from xattn_kernels.triton.runtime import (
     ROW,
@@ -152,7 +153,7 @@ class _Pixels:
         dot = runtime.precision(first.dtype)
         work = _work_type(dot)
         tiles = pixel_tiles(channels, self.outputs, dot)
-        self.tokens, self.warps = tiles.tokens, tiles.warps
+        self.tokens, self.tiles = tiles.tokens, tiles
         self.count = ceil_div(self.height * self.width, tiles.tokens)
         whole = len(features) if len(features) <= _LEVELS else _LEVELS - 1
         flat = [x.flatten(2) for x in features[:whole]]
@@ -219,7 +220,6 @@ class _Pixels:
             "CO": self.outputs,
             "O0": outputs[0],
             "O1": outputs[1],
-            "BH": tiles.hidden,
             "BN": tiles.tokens,
             "LEVELS": 1 + len(products),
             "N_VECTOR": math.gcd(self.height * self.width, 16),
@@ -270,6 +270,7 @@ class _Pixels:
         """Run the kernel for what is asked for."""
         from xattn_kernels.triton.pyramid_kernels import pixel_kernel
 
+        tiles = self.tiles if PROJECT else stored_tiles(self.tiles, self.constants["DOT"])
         launch(
             pixel_kernel,
             self.count * self.batch * (output_groups(self.outputs) if CLASSIFY else 1),
@@ -288,7 +289,8 @@ class _Pixels:
             STORE=STORE,
             MOMENTS=MOMENTS,
             CLASSIFY=CLASSIFY,
-            warps=self.warps,
+            BH=tiles.hidden,
+            warps=tiles.warps,
         )
 
 
