@@ -214,18 +214,6 @@ class Training {
     load_tokens<Op>(p_.dtype, view, b, n, count, 0, channels_, rows);
     transpose_to_panels<Op>(constant(rows), channels_, count, to);
   }
-  // Has a tile of a map fetched into the cache, which takes as long as a product.
-  void prefetch(const View& view, int64_t b, int64_t n, int64_t count) const {
-    constexpr int64_t kLine = 64;
-    const int64_t element = p_.dtype == Dtype::kFloat64 ? 8 : p_.dtype == Dtype::kFloat32 ? 4 : 2;
-    const bool tokens_first = view.channel_stride != 1;
-    const int64_t rows = tokens_first ? channels_ : count, columns = tokens_first ? count : channels_;
-    const ptrdiff_t row_stride = tokens_first ? view.channel_stride : view.token_stride;
-    if ((tokens_first ? view.token_stride : view.channel_stride) != 1) return;
-    const char* start = view.data + (b * view.batch_stride + n * view.token_stride) * element;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < columns * element; i += kLine) __builtin_prefetch(start + r * row_stride * element + i);
-  }
   // x' as panels and, where asked, as rows.
   void load_centred(const Piece& piece, int64_t n, int64_t count, bool rows, const Tile& t) const {
     load_panels(p_.features[piece.slot], piece.row, n, count, t.x, t.x_rows);
@@ -256,23 +244,21 @@ class Training {
     multiply<Op, Output::kAccumulate>(product, row_major<Op>(to, channels_));
   }
 
-  // q^ or k^ and their slopes from the normalised second layer; what is not wanted is not written.
-  template <bool kValue, bool kSlope>
+  // q^ or k^ from the normalised second layer and, where asked, their slopes.
+  template <bool kSlope>
   void activate(int64_t pair, int64_t count, const Tile& t) const {
     const Real *gamma = vector(p_.affine, 3 * pair + 1), *beta = vector(p_.affine, 3 * pair + 2);
     for (int64_t c = 0; c < channels_; ++c) {
       const Vec<Real> factor = splat(gamma[c]), shift = splat(beta[c]);
       for_row(t.normalised, c, count, [&](int64_t i, int64_t) {
         const Vec<Real> a = factor * load(t.normalised.data + i) + shift;
-        if constexpr (kValue && kSlope) {
+        if constexpr (kSlope) {
           Vec<Real> value, slope;
           softplus_with_derivative(a, value, slope);
           store(t.activated.data + i, value);
           store(t.slope.data + i, slope);
-        } else if constexpr (kValue) {
-          store(t.activated.data + i, softplus(a));
         } else {
-          store(t.slope.data + i, softplus_derivative(a));
+          store(t.activated.data + i, softplus(a));
         }
       });
     }

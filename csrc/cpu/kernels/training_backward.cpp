@@ -112,9 +112,8 @@ class Backward : Training<Op> {
   // Gradients of the outputs of a pair to t.total, that of q^; those of states are added to `states`.
   void query_gradient(const Piece& piece, int64_t pair, int64_t n, int64_t count, const Tile& t,
                       const Partials<Real>* states) const {
-    Base::prefetch(p_.maps[p_.outputs.members[p_.outputs.begin[pair]]], piece.row, n, count);
     layers(pair, count, t);
-    Base::template activate<true, true>(pair, count, t);
+    Base::template activate<true>(pair, count, t);
     if (states) transpose_to_rows<Op>(constant(t.activated), channels_, count, t.rows);
     for (int64_t j = p_.outputs.begin[pair]; j < p_.outputs.begin[pair + 1]; ++j) {
       const int64_t o = p_.outputs.members[j], state = o * p_.batch + piece.row;

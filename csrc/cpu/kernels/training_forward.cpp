@@ -33,7 +33,7 @@ class Forward : Training<Op> {
           const Real* bias = Base::vector(p_.first_bias, 2 * pair);
           Base::project(first[2 * pair], bias, true, t.x, count, t.hidden);
           Base::project(second[pair], Base::vector(p_.affine, 3 * pair), false, t.hidden, count, t.normalised);
-          Base::template activate<true, false>(pair, count, t);
+          Base::template activate<false>(pair, count, t);
           Base::project(first[2 * pair + 1], bias + C, true, t.x, count, t.value);
           Real* state = partials.at(pair, piece.row, piece.part);
           for (int64_t c = 0; c < C; ++c) {
@@ -66,7 +66,7 @@ class Forward : Training<Op> {
           const int64_t pair = p_.pairs.members[i];
           Base::project(first[pair], Base::vector(p_.first_bias, pair), true, t.x, count, t.hidden);
           Base::project(second[pair], Base::vector(p_.affine, 3 * pair), false, t.hidden, count, t.normalised);
-          Base::template activate<true, false>(pair, count, t);
+          Base::template activate<false>(pair, count, t);
           for (int64_t j = p_.outputs.begin[pair]; j < p_.outputs.begin[pair + 1]; ++j) {
             const int64_t o = p_.outputs.members[j], state = o * p_.batch + piece.row;
             Base::project(states[state], nullptr, false, t.activated, count, t.value);
