@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -624,7 +624,7 @@ def test_reference_is_found_by_its_passes() -> None:
         assert parameters[0] == parameters[1], name
 
 
-def wrong_arguments() -> Iterator[Any]:
+def wrong_arguments() -> list[Any]:
     inputs = TASKS.tensors(torch.float32)
     x, w, g, b, s = inputs.features, inputs.weight, inputs.gamma, inputs.beta, TASKS.schedule
     one = [x[0][:1, :, :1], x[1], x[2]]
@@ -644,7 +644,7 @@ def wrong_arguments() -> Iterator[Any]:
         "eps": (ValueError, "eps: got 0", (x, w, g, b, s), {"eps": 0.0}),
         "one token": (ValueError, "more than 1 value per channel", (one, w, g, b, s), {}),
     }
-    return (pytest.param(*case, id=name) for name, case in cases.items())
+    return [pytest.param(*case, id=name) for name, case in cases.items()]
 
 
 @pytest.mark.parametrize(("error", "message", "args", "options"), wrong_arguments())
