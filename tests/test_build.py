@@ -230,7 +230,11 @@ class TestPackages:
     def test_library_folders(self, tmp_path: Path) -> None:
         result = run_setup("--quiet", "build_py", "--build-lib", str(tmp_path))
         assert result.returncode == 0, result.stderr
-        assert {path.name for path in tmp_path.iterdir()} == {"xattn_kernels", "xattn_models"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "xattn_benchmarks",
+            "xattn_kernels",
+            "xattn_models",
+        }
         assert (tmp_path / "xattn_kernels" / "py.typed").exists()
         endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
         assert endings <= {".py", ".pyi", ".typed"}

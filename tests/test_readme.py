@@ -15,9 +15,9 @@ TEXT = readme.README.read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(7))
 def test_example_runs(number: int) -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
     exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {})
 
 

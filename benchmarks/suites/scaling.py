@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from statistics import linear_regression
@@ -34,7 +34,13 @@ THOROUGH: tuple[Image, ...] = (*RESOLUTIONS, (256, 384), (384, 512))
 PUBLISHED: Image = (480, 640)
 LARGER: tuple[Image, ...] = ((384, 512), PUBLISHED, (768, 1024), (1152, 1536))
 """By formula only, unless measured."""
-CORES: tuple[Image, ...] = ((128, 192), (192, 256), (256, 384))
+CORES: dict[str, tuple[Image, ...]] = {
+    SOFTMAX: ((128, 192), (192, 256), (384, 512)),
+    LINEAR: ((192, 256), (384, 512), (768, 1024)),
+}
+"""Where the growth of the cores is fitted."""
+CORE_SCALES = 2
+"""The finest: where channels outnumber tokens, a state outweighs them, whatever their number."""
 VARIED = {"tasks": (4, (2, 3, 5)), "scales": (4, (2, 3)), "width": (36, (18, 54))}
 """What is varied beside the resolution: its value elsewhere, and the others."""
 EXPONENTS = {(ALL_PAIRS, SOFTMAX): (2.0, 0.15), (ALL_PAIRS, LINEAR): (1.0, 0.1)}
@@ -113,7 +119,8 @@ def run(
             grid = Grid.of(resolutions[0], **{axis: value})
             points += _measure(preset, say, axis, value, grid, WAYS[:-1])
     say("growth of the cores")
-    cores = _cores(preset, resolutions if len(resolutions) < len(RESOLUTIONS) else CORES)
+    small = dict.fromkeys(CORES, resolutions)
+    cores = _cores(preset, small if len(resolutions) < len(RESOLUTIONS) else CORES)
     say("memory")
     _count_memory(preset, points)
     points += _modelled(points)
@@ -180,12 +187,14 @@ def _timed(preset: Preset, grid: Grid, ways: Sequence[Way], *, core: bool) -> di
     return dict(zip(ways, timings.values(), strict=True))
 
 
-def _cores(preset: Preset, images: Sequence[Image]) -> list[Point]:
+def _cores(preset: Preset, images: Mapping[str, Sequence[Image]]) -> list[Point]:
     points = []
-    for image in images:
-        grid = Grid.of(image)
-        timings = _timed(preset, grid, WAYS[:-1], core=True)
-        points += [Point("", _name(image), grid, w, t, t.median) for w, t in timings.items()]
+    for kind, sizes in images.items():
+        ways = [way for way in WAYS if way[1] == kind]
+        for image in sizes:
+            grid = Grid.of(image, scales=CORE_SCALES)
+            timings = _timed(preset, grid, ways, core=True)
+            points += [Point("", _name(image), grid, w, t, t.median) for w, t in timings.items()]
     return points
 
 
@@ -233,7 +242,10 @@ def _modelled(points: Sequence[Point]) -> list[Point]:
 def _conclude(result: Result, points: Sequence[Point], cores: Sequence[Point], memory: int) -> None:
     exponents = {way: _exponent([p for p in cores if p.way == way]) for way in WAYS[:-1]}
     for (pattern, kind), exponent in exponents.items():
-        result.notes.append(f"Core alone, {pattern}, {kind}: the time grows as N^{exponent:.3f}.")
+        result.notes.append(
+            f"Core alone, {pattern}, {kind}, {CORE_SCALES} finest scales: the time grows as "
+            f"N^{exponent:.3f}."
+        )
     result.bars = [
         Bar(
             f"{pattern}, {kind} core, |growth exponent - {expected:.0f}|",

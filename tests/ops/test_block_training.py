@@ -288,7 +288,10 @@ def test_gradients_only_where_asked(
     for x, want, gradient in zip(inputs.leaves(), wanted, expected, strict=True):
         assert (x.grad is not None) == want
         if want:
-            assert torch.equal(x.grad, gradient)
+            # Fewer matrices in one batched product may round otherwise.
+            torch.testing.assert_close(
+                x.grad, gradient, rtol=1e-12, atol=1e-12 * gradient.abs().max().item()
+            )
     target, source, parameters = wanted[0], wanted[1], any(wanted[2:])
     assert ("target_gradients" in recorded.names) == (target or parameters)
     assert ("source_sums" in recorded.names) == (source or parameters)

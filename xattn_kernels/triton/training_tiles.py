@@ -45,7 +45,7 @@ def tiles_of(phase: str, channels: int, dot: str) -> Tiles:
     whole = pieces(channels)
     width = sum(whole)
     if phase not in _SUMS:
-        tokens = 16 if dot == "ieee" else 64 if width <= 80 else 32
+        tokens = 16 if dot == "ieee" else 64 if width <= 80 or phase == "input_gradient" else 32
         return Tiles((16, 0), 16, tokens, 8)
     if dot == "ieee":
         grouped = width > (32 if phase in ("gradients", "values") else 48)
