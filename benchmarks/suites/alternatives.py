@@ -249,6 +249,9 @@ def _add_compiled(ways: Ways, operator: str, case: Case, preset: Preset) -> None
     else:
         ways.reasons[COMPILED] = "it is left to the full preset, for the time that compiling takes"
     if preset.thorough:
+        from torch._inductor import select_algorithm
+
+        select_algorithm.PRINT_AUTOTUNE = False
         ways.calls[TUNED] = torch.compile(composed(operator, case), mode=_tuned(preset.device))
     else:
         ways.reasons[TUNED] = "it is left to the full preset, for the time that compiling takes"
