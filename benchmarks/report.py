@@ -199,7 +199,7 @@ def median_spread(report: dict[str, Any]) -> float | None:
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table, numbers to the right."""
     names = list(headings)
-    body = [list(row) for row in rows]
+    body = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     right = [all(is_number(row[i]) for row in body) for i in range(len(names))]
     lines = [names, ["---:" if number else "---" for number in right], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
