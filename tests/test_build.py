@@ -235,9 +235,13 @@ class TestPackages:
             "xattn_kernels",
             "xattn_models",
         }
-        assert (tmp_path / "xattn_kernels" / "py.typed").exists()
-        endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-        assert endings <= {".py", ".pyi", ".typed"}
+        files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+        data = {path.as_posix() for path in files if path.suffix not in (".py", ".pyi")}
+        assert data == {
+            "xattn_benchmarks/report.html.jinja",
+            "xattn_kernels/py.typed",
+            "xattn_kernels/triton/tiles.json",
+        }
 
     def test_source_archive_is_complete(self, tmp_path: Path) -> None:
         result = run_setup(
