@@ -87,6 +87,10 @@ def gradient_of(outputs: Sequence[Tensor]) -> Tensors:
     return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
 
 
+# Zeros for slots without an edge.
+_gradients = partial(torch.autograd.grad, materialize_grads=True)
+
+
 def forward(attend: Attend, xs: Sequence[Tensor]) -> Callable[[], Tensors]:
     """A call without gradients."""
     return torch.no_grad()(partial(attend, xs))
@@ -100,7 +104,7 @@ def both(attend: Attend, xs: Sequence[Tensor]) -> Callable[[], Tensors]:
 
     def call() -> Tensors:
         outputs = attend(leaves)
-        return [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
+        return [*outputs, *_gradients(outputs, leaves, gradients)]
 
     return call
 
@@ -110,7 +114,7 @@ def backward(attend: Attend, xs: Sequence[Tensor]) -> Callable[[], Sequence[Tens
     leaves = [x.detach().requires_grad_() for x in xs]
     outputs = attend(leaves)
     gradients = gradient_of(outputs)
-    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+    return lambda: _gradients(outputs, leaves, gradients, retain_graph=True)
 
 
 class Judge:
