@@ -1,11 +1,8 @@
 // Proof that the CUDA path works from compiler to card: one thread writes the architecture its code
 // was compiled for, and the host reads it back.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "cuda/probe.h"
+
+#include "cuda/launch.h"
 
 namespace xattn::cuda {
 namespace {
@@ -15,27 +12,6 @@ __global__ void write_architecture(int* architecture) {
   *architecture = __CUDA_ARCH__;
 #endif
 }
-
-void check(cudaError_t status, const char* call) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
-  }
-}
-
-// Makes a device current and restores the caller's one, whatever happens in between.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 // One int of device memory, freed on every way out.
 class DeviceInt {
