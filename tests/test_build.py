@@ -239,6 +239,7 @@ class TestPackages:
         data = {path.as_posix() for path in files if path.suffix not in (".py", ".pyi")}
         assert data == {
             "xattn_benchmarks/report.html.jinja",
+            "xattn_kernels/measured.json",
             "xattn_kernels/py.typed",
             "xattn_kernels/triton/tiles.json",
         }

@@ -106,3 +106,8 @@ def test_gpus_are_listed() -> None:
     text = info.to_text(facts)
     assert "torch is built with CUDA 13.0" in text
     assert "0: Card, compute capability 9.0, 80 GiB" in text
+    assert "  compute capability 9.0: nothing measured: ask for them by name" in text
+    facts["measured"] = {"9.0": 12, "8.0": 1}
+    text = info.to_text(facts)
+    assert "  compute capability 9.0: 12 problems measured" in text
+    assert "compute capability 8.0" not in text

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xattn_kernels import registry
+from xattn_kernels import measured, registry
 from xattn_kernels._version import __version__
 from xattn_kernels.compat import torchvision_ops_error
 from xattn_kernels.ops import native
@@ -64,6 +64,7 @@ def collect() -> dict[str, Any]:
             "native": native.core().cpu_info() if native.load_error() is None else None,
         },
         "gpu": {"torch_cuda": torch.version.cuda, "devices": _gpus()},
+        "measured": measured.capabilities(),
         "build": build,
         "build_error": build_error,
     }
@@ -78,11 +79,12 @@ def to_text(facts: dict[str, Any]) -> str:
         f"  {', '.join(versions)}",
         *_torchvision_lines(facts),
         "",
-        'Engines, in the order in which "auto" tries them',
+        "Engines",
     ]
     for engine in facts["engines"]:
         verdict = "available" if engine["available"] else f"no: {engine['reason']}"
         lines.append(f"  {engine['name']:<10} {verdict}")
+    lines += _auto_lines(facts)
     return "\n".join(
         [*lines, "", *_cpu_lines(facts), "", *_gpu_lines(facts), "", *_build_lines(facts)]
     )
@@ -93,6 +95,21 @@ def _torchvision_lines(facts: dict[str, Any]) -> list[str]:
     if facts["packages"]["torchvision"] is None or error is None:
         return []
     return [f"  torchvision.ops cannot be used, xattn_models goes without: {error}"]
+
+
+def _auto_lines(facts: dict[str, Any]) -> list[str]:
+    """How "auto" chooses, and on which of this machine's GPUs it has measurements to go by."""
+    others = [name for name in registry.ENGINES if name not in registry.MEASURED_ENGINES]
+    lines = [
+        f'"auto" takes the first of {", ".join(others)} that can, and '
+        f"{' or '.join(registry.MEASURED_ENGINES)} where measured to be the fastest"
+    ]
+    measured_on = facts["measured"]
+    for capability in sorted({device["capability"] for device in facts["gpu"]["devices"]}):
+        count = measured_on.get(capability, 0)
+        what = f"{count} problems measured" if count else "nothing measured: ask for them by name"
+        lines.append(f"  compute capability {capability}: {what}")
+    return lines
 
 
 def _cpu_lines(facts: dict[str, Any]) -> list[str]:

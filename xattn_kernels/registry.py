@@ -6,7 +6,9 @@ import: an engine's modules are imported when it is first asked about.
 
 The choice, in the order of precedence: the innermost ``with backend(name)`` of this thread, then
 ``set_backend(name)``, then the environment variable ``XATTN_BACKEND``, then ``"auto"``. ``"auto"``
-takes the first engine of :data:`ENGINES` that refuses nothing; a name never falls back.
+takes the engine that was measured to be the fastest (`xattn_kernels.measured`) of those that refuse
+nothing, and without measurements the first of :data:`ENGINES` that is not in
+:data:`MEASURED_ENGINES`; a name never falls back.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from xattn_kernels import measured
 
 __all__ = [
     "ENGINES",
@@ -37,15 +41,16 @@ __all__ = [
     "set_backend",
 ]
 
-#: Every engine, in the order in which ``"auto"`` tries them.
+#: Every engine, in the order in which ``"auto"`` tries those without measurements.
 ENGINES = ("cuda", "triton", "cpu", "reference")
-#: Engines that ``"auto"`` leaves alone: they were never measured on the device they are made for.
-ON_REQUEST = ("triton",)
+#: Engines that ``"auto"`` takes only for problems that they were measured on.
+MEASURED_ENGINES = ("cuda", "triton")
+TRAINING = "cross_attention_block_training"
 OPERATORS = (
     "linear_cross_attention",
     "softmax_cross_attention",
     "cross_attention_block",
-    "cross_attention_block_training",
+    TRAINING,
     "pyramid_projection",
 )
 
@@ -61,6 +66,8 @@ class Problem(NamedTuple):
         value_channels: width of values or, for ``pyramid_projection``, of outputs.
         heads: heads of the softmax operator, else 1.
         transformed: whether a ``torch.func`` transform or forward-mode differentiation is active.
+        gradient: whether a backward pass may follow; always for the block in training.
+        device_index: number of the device where there are several of its type, else None.
     """
 
     op: str
@@ -70,6 +77,8 @@ class Problem(NamedTuple):
     value_channels: int
     heads: int = 1
     transformed: bool = False
+    gradient: bool = False
+    device_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,30 +92,35 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine runs a problem (``engine``, None if none can), and why the others do not."""
+    """Which engine runs a problem (``engine``, None if none can), and why the others do not.
+
+    ``reasons`` has what makes an engine unable to, ``notes`` what ``"auto"`` knows of those able.
+    """
 
     problem: Problem
     requested: str
     engine: str | None
     reasons: dict[str, tuple[str, ...]]
+    notes: dict[str, str]
 
     def __str__(self) -> str:
         problem = self.problem
         lines = [
             f"{problem.op} on {problem.device}, {problem.dtype}, C={problem.channels}, "
-            f"Cv={problem.value_channels}, heads={problem.heads}; asked for: {self.requested!r}"
+            f"Cv={problem.value_channels}, heads={problem.heads}"
+            f"{', with gradients' if problem.gradient else ''}; asked for: {self.requested!r}"
         ]
         for name in ENGINES:
-            if name == self.engine:
-                verdict = "runs"
-            elif self.reasons[name]:
+            if self.reasons[name]:
                 verdict = "; ".join(self.reasons[name])
-            elif self.requested == "auto" and name in ON_REQUEST:
-                verdict = "could run, when asked for by name"
-            elif self.requested == "auto":
-                verdict = "could run, comes later in the order of preference"
-            else:
+            elif name == self.engine:
+                verdict = f"runs; {self.notes[name]}" if name in self.notes else "runs"
+            elif self.requested != "auto":
                 verdict = "could run, was not asked for"
+            elif name in self.notes:
+                verdict = f"could run; {self.notes[name]}"
+            else:
+                verdict = "could run, comes later in the order of preference"
             lines.append(f"  {name}: {verdict}")
         return "\n".join(lines)
 
@@ -209,11 +223,15 @@ def unavailable(name: str) -> str | None:
         from xattn_kernels.triton import runtime
 
         return runtime.load_error()
-    return f"not built: this version of xattn_kernels has no {name} kernels"
+    if importlib.util.find_spec("xattn_kernels.ops.native_cuda") is None:
+        return f"not built: this version of xattn_kernels has no {name} kernels"
+    native_cuda = importlib.import_module("xattn_kernels.ops.native_cuda")
+    reason: str | None = native_cuda.load_error()
+    return reason
 
 
 def list_backends() -> list[EngineInfo]:
-    """Return all engines in the order in which ``"auto"`` tries them."""
+    """Return all engines, in the order of :data:`ENGINES`."""
     reasons = {name: unavailable(name) for name in ENGINES}
     return [EngineInfo(name, reason is None, reason) for name, reason in reasons.items()]
 
@@ -240,14 +258,47 @@ def _refusals(name: str, problem: Problem) -> tuple[str, ...]:
     return tuple(engine_module(problem.op, name).refusals(problem))
 
 
+def capability(problem: Problem) -> str | None:
+    """Compute capability of the problem's device, such as ``"9.0"``; None if it is no CUDA GPU."""
+    if problem.device != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(problem.device_index)
+    return f"{major}.{minor}"
+
+
+def _preference(problem: Problem) -> tuple[list[str], dict[str, str]]:
+    """Engines in the order in which ``"auto"`` tries them, and what speaks for or against them."""
+    others = [name for name in ENGINES if name not in MEASURED_ENGINES]
+    where = capability(problem)
+    if where is None:
+        return others, dict.fromkeys(MEASURED_ENGINES, "ask for it by name")
+    width, dtype = max(problem.channels // problem.heads, 1), str(problem.dtype).rpartition(".")[2]
+    entry = measured.find(measured.Key(where, problem.op, dtype, width, problem.gradient))
+    place = f"compute capability {where}"
+    if where in measured.capabilities():
+        place += f" for {problem.op} in {dtype}{' with gradients' if problem.gradient else ''}"
+    never = f"never measured on {place}; ask for it by name"
+    if entry is None:
+        return others, dict.fromkeys(MEASURED_ENGINES, never)
+    notes = dict.fromkeys(MEASURED_ENGINES, never)
+    for name, microseconds in entry.microseconds.items():
+        notes[name] = (
+            f"measured {microseconds:.4g} us on compute capability {where} with "
+            f"C={entry.key.channels}, N={entry.tokens}"
+        )
+    order = [name for name in entry.fastest_first() if name in ENGINES]
+    return [*order, *(name for name in others if name not in order)], notes
+
+
 @functools.lru_cache(maxsize=4096)
 def _explain(problem: Problem, requested: str) -> Explanation:
     reasons = {name: _refusals(name, problem) for name in ENGINES}
     candidates: Sequence[str] = (requested,)
+    notes: dict[str, str] = {}
     if requested == "auto":
-        candidates = [name for name in ENGINES if name not in ON_REQUEST]
+        candidates, notes = _preference(problem)
     engine = next((name for name in candidates if not reasons[name]), None)
-    return Explanation(problem, requested, engine, reasons)
+    return Explanation(problem, requested, engine, reasons, notes)
 
 
 def explain(
@@ -263,7 +314,7 @@ def explain(
     Args:
         op: an operator's name, with the first arguments of a call; or a :class:`Problem`.
         query: a query (B, C, ...), or a list of which the first counts: gives dtype, device, width.
-        key: not looked at: as wide as the query.
+        key: as wide as the query; looked at for whether it requires a gradient, as all are.
         value: a value (B, Cv, ...) or a list, for its width. Default: the query's.
         heads: heads of the softmax operator.
 
@@ -278,11 +329,28 @@ def explain(
             raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPERATORS)}")
         if query is None:
             raise ValueError("query: got None, expected a tensor that shows the problem")
-        first = query if isinstance(query, torch.Tensor) else query[0]
-        last = first if value is None else value
-        last = last if isinstance(last, torch.Tensor) else last[0]
-        op = Problem(op, first.dtype, first.device.type, first.size(1), last.size(1), heads)
+        slots = [
+            [x] if isinstance(x, torch.Tensor) else list(x)
+            for x in (query, key, value)
+            if x is not None
+        ]
+        first, last = slots[0][0], slots[-1][0] if value is not None else slots[0][0]
+        op = Problem(
+            op,
+            first.dtype,
+            first.device.type,
+            first.size(1),
+            last.size(1),
+            heads,
+            gradient=op == TRAINING or wants_gradient(x for slot in slots for x in slot),
+            device_index=first.device.index,
+        )
     return _explain(op, current_backend())
+
+
+def wants_gradient(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether a backward pass may follow a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def select(problem: Problem) -> str:

@@ -213,6 +213,8 @@ def cross_attention_block_training(
             channels,
             channels,
             transformed=is_transformed(),
+            gradient=True,
+            device_index=first.device.index,
         )
     )
     outputs, statistics = training.call(
@@ -230,6 +232,12 @@ def _block_engine(dtype: torch.dtype, weight: Tensor) -> str:
     channels = index(weight.size(-1))
     return select(
         Problem(
-            block_op.OP, dtype, weight.device.type, channels, channels, transformed=is_transformed()
+            block_op.OP,
+            dtype,
+            weight.device.type,
+            channels,
+            channels,
+            transformed=is_transformed(),
+            device_index=weight.device.index,
         )
     )

@@ -12,7 +12,7 @@ from xattn_kernels.functional.shared import no_autocast
 from xattn_kernels.ops.features import is_transformed
 from xattn_kernels.ops.pyramid_inputs import check_pyramid_inputs
 from xattn_kernels.ops.pyramid_projection import op as pyramid_op
-from xattn_kernels.registry import Problem, select
+from xattn_kernels.registry import Problem, select, wants_gradient
 
 
 @overload
@@ -109,6 +109,10 @@ def pyramid_projection(
             index(first.size(1)),
             index(classifier.size(0)),
             transformed=is_transformed(),
+            gradient=wants_gradient(
+                (*inputs.features, *weights, scale, shift, classifier, classifier_bias)
+            ),
+            device_index=first.device.index,
         )
     )
     args = (inputs.features, inputs.weights, scale, shift, classifier, inputs.classifier_bias)

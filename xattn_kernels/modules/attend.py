@@ -25,7 +25,7 @@ from xattn_kernels.modules.layers import Projection, ProjectionSet, is_stock
 from xattn_kernels.modules.normalisation import BatchNorm, fold
 from xattn_kernels.modules.projection import Layers, as_image, project_cell
 from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
-from xattn_kernels.registry import Problem, current_backend, find
+from xattn_kernels.registry import TRAINING, Problem, current_backend, find
 from xattn_kernels.schedule import Schedule
 
 
@@ -147,7 +147,15 @@ def is_recomputing_cheaper(features: Sequence[Tensor]) -> bool:
     if is_transformed():
         return False
     channels = index(x.shape[1])
-    problem = Problem("cross_attention_block_training", x.dtype, x.device.type, channels, channels)
+    problem = Problem(
+        TRAINING,
+        x.dtype,
+        x.device.type,
+        channels,
+        channels,
+        gradient=True,
+        device_index=x.device.index,
+    )
     return find(problem) not in STORING_ENGINES
 
 

@@ -16,7 +16,7 @@ from xattn_kernels.ops.features import (
     flatten,
     is_transformed,
 )
-from xattn_kernels.registry import Problem, select
+from xattn_kernels.registry import Problem, select, wants_gradient
 from xattn_kernels.schedule import Schedule
 
 _NAMES = ("query", "key", "value")
@@ -47,6 +47,8 @@ class Part(NamedTuple):
                 index(self.value_channels),
                 index(heads),
                 is_transformed(),
+                wants_gradient((*self.query, *self.key, *self.value)),
+                first.device.index,
             )
         )
 
