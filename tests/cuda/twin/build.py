@@ -63,7 +63,9 @@ def compiler() -> list[str]:
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _is_clang() -> bool:
@@ -239,7 +241,9 @@ def build(
             for file, (old, new) in changes.items():
                 text = (csrc / file).read_text()
                 if text.count(old) != 1:
-                    raise ValueError(f"{file}: expected once, found {text.count(old)} times: {old!r}")
+                    raise ValueError(
+                        f"{file}: expected once, found {text.count(old)} times: {old!r}"
+                    )
                 (csrc / file).write_text(text.replace(old, new))
 
         def compile(source: Source) -> Path:

@@ -118,9 +118,7 @@ const char* name_of(Collective kind) {
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-bool same(Site a, Site b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
-}
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 std::string where(const Worker& worker) {
   const Warp& warp = scheduler.warps[worker.warp];
@@ -216,7 +214,8 @@ bool in_shared(const void* pointer, size_t bytes) {
 // What a GPU would refuse of an address in shared memory.
 std::string fault_of(const void* pointer, int size) {
   if (!in_shared(pointer, static_cast<size_t>(size))) {
-    return std::to_string(size) + " bytes at offset " + std::to_string(static_cast<const char*>(pointer) - block.shared) +
+    return std::to_string(size) + " bytes at offset " +
+           std::to_string(static_cast<const char*>(pointer) - block.shared) +
            " are not in the block's shared memory of " + std::to_string(scheduler.shared_bytes);
   }
   if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(size) != 0) {

@@ -89,9 +89,7 @@ inline int warp() { return twin::thread->warp; }
 inline int warp_count() { return twin::block.threads / kWarp; }
 
 inline void sync_threads(XATTN_TWIN_SITE) { twin::barrier({file, line}); }
-inline void sync_warp(XATTN_TWIN_SITE) {
-  twin::meet(twin::Collective::kSync, {file, line}, nullptr, nullptr, nullptr);
-}
+inline void sync_warp(XATTN_TWIN_SITE) { twin::meet(twin::Collective::kSync, {file, line}, nullptr, nullptr, nullptr); }
 
 template <class T>
 T shuffle_xor(T value, int mask, XATTN_TWIN_SITE) {

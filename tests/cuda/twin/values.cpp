@@ -85,9 +85,9 @@ uint32_t pack_bfloat16(float low, float high) { return round_bfloat16(low) | rou
 
 float float16_to_float(uint16_t x) {
   const int exponent = x >> 10 & 31, mantissa = x & 1023;
-  float y = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                           : std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa),
-                                        (exponent ? exponent : 1) - 25);
+  float y = exponent == 31
+                ? (mantissa ? NAN : INFINITY)
+                : std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
   return x >> 15 ? -y : y;
 }
 

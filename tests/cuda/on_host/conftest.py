@@ -1,0 +1,53 @@
+"""Tests of the CUDA engine on the CPU, in processes that `test_on_host.py` starts.
+
+The module that stands for ``xattn_kernels._cuda`` has the same kernels, compiled for the host, and
+takes tensors of the CPU (tests/cuda/twin). What it cannot show: speed, what nvcc makes of the
+sources, and the path of its own for sm_90a.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# AddressSanitizer is in this process; programs that it starts do without.
+os.environ.pop("LD_PRELOAD", None)
+
+
+def _load() -> ModuleType:
+    path = os.environ.get("XATTN_TWIN_MODULE")
+    assert path, "run these tests with tests/cuda/twin/run.py"
+    spec = importlib.util.spec_from_file_location("xattn_kernels._cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULE = _load()
+sys.modules["xattn_kernels._cuda"] = MODULE
+
+
+@pytest.fixture
+def twin() -> Any:
+    """The module itself: ``twin_configure``, ``twin_drop``, ``twin_places``, ``twin_launches``."""
+    return MODULE
+
+
+@pytest.fixture(autouse=True)
+def engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ask for the engine by name, on a device of three processors, in an order of the test's own."""
+    from xattn_kernels import registry
+
+    assert registry.unavailable("cuda") is None, registry.unavailable("cuda")
+    seed = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("XATTN_TWIN_SEED", "0"))
+    MODULE.twin_configure(seed=seed, processors=3)
+    with registry.backend("cuda"):
+        yield
