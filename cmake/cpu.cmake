@@ -28,7 +28,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
   endforeach()
 endif()
 
-add_library(xattn_cpu OBJECT csrc/bindings_cpu.cpp ${XATTN_CPU_SOURCES})
+add_library(xattn_cpu OBJECT csrc/bindings_cpu.cpp csrc/edges.cpp ${XATTN_CPU_SOURCES})
 target_link_libraries(xattn_cpu PRIVATE xattn_flags pybind11::module)
 set_source_files_properties(
   csrc/bindings_cpu.cpp PROPERTIES COMPILE_DEFINITIONS XATTN_VERSION="${XATTN_VERSION}")

@@ -5,32 +5,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
-#include "cpu/edges.h"
+#include "edges.h"
 
 namespace py = pybind11;
 
 namespace xattn {
 namespace {
-
-using Integers = std::vector<int64_t>;
-using Views = std::vector<std::array<int64_t, 5>>;  // data pointer, batch, channel, token stride, tokens
-
-static_assert(sizeof(View) == 5 * sizeof(int64_t), "a View is five integers");
-
-Span<const View> span(const Views& views) {
-  return {reinterpret_cast<const View*>(views.data()), static_cast<int64_t>(views.size())};
-}
-Span<void* const> pointers(const Integers& values) {
-  static_assert(sizeof(void*) == sizeof(int64_t), "64-bit pointers");
-  return {reinterpret_cast<void* const*>(values.data()), static_cast<int64_t>(values.size())};
-}
-void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 
 void linear_forward(int dtype, int64_t batch, int64_t channels, int64_t value_channels, int feature_map, double eps,
                     const Views& queries, const Views& keys, const Views& values, const Views& outputs,
@@ -100,15 +86,6 @@ void block_forward(int dtype, int64_t batch, int64_t channels, double eps, const
     throw std::runtime_error("packed: its layout is not that of this dtype and instruction set (" + instruction_set() +
                              "); pack the weights again");
 }
-
-// Of a level: the view of x, channels, height, width, weight.
-using Levels = std::vector<std::array<int64_t, 9>>;
-static_assert(sizeof(Level) == 9 * sizeof(int64_t), "a Level is nine integers");
-
-Span<const Level> span(const Levels& levels) {
-  return {reinterpret_cast<const Level*>(levels.data()), static_cast<int64_t>(levels.size())};
-}
-View view(const std::array<int64_t, 5>& x) { return {static_cast<char*>(pointer(x[0])), x[1], x[2], x[3], x[4]}; }
 
 template <auto kKernel>
 void run_pyramid(int dtype, int64_t batch, int64_t hidden, int64_t outputs, const Levels& levels, int64_t scale,

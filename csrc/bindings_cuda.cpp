@@ -1,4 +1,6 @@
-// Python module xattn_kernels._cuda. Integers in, results out; torch is never linked.
+// Python module xattn_kernels._cuda: pointers, strides and edges as integers in, nothing out but errors.
+// torch is never linked. Python checks all arguments, allocates all results, and keeps tensors alive.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,8 +8,18 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
+#include "cuda/operators.h"
+#include "edges.h"
+#if defined(XATTN_TWIN)
+#include "bind.h"
+#else
 #include "cuda/probe.h"
+#endif
 
+namespace py = pybind11;
+
+namespace xattn {
 namespace {
 
 std::vector<std::string> compiled_archs() {
@@ -19,15 +31,45 @@ std::vector<std::string> compiled_archs() {
   return archs;
 }
 
+// Device, stream, whether tf32 is allowed, and a function from bytes to the address of device memory.
+using Context = std::tuple<int, int64_t, bool, std::function<int64_t(int64_t)>>;
+
+// To be called without the lock of Python's interpreter, which `scratch` takes.
+cuda::Call call(const Context& context) {
+  const auto& [device, stream, tf32, scratch] = context;
+  return {device, reinterpret_cast<cuda::Stream>(stream), tf32,
+          [&scratch = scratch](int64_t bytes) { return static_cast<char*>(pointer(scratch(bytes))); }};
+}
+
+void linear_forward(const Context& context, int dtype, int64_t batch, int64_t channels, int64_t value_channels,
+                    int feature_map, double eps, const Views& queries, const Views& keys, const Views& values,
+                    const Views& outputs, const Integers& edges, int64_t initial_s, int64_t initial_z, int64_t state_s,
+                    int64_t state_z) {
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
+  cuda::linear_forward({Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries),
+                        span(keys), span(values), span(outputs), index.list(), pointer(initial_s), pointer(initial_z),
+                        pointer(state_s), pointer(state_z)},
+                       call(context));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  namespace py = pybind11;
-  module.doc() = "CUDA kernels of xattn_kernels.";
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "CUDA kernels of xattn_kernels; see csrc/problem.h for the arguments.";
   module.attr("__version__") = XATTN_VERSION;
   module.def("compiled_archs", &compiled_archs,
              "Architectures in CMake's notation: '90a-real' is machine code, '120' adds PTX.");
-  module.def("probe", &xattn::cuda::probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>(),
+#if defined(XATTN_TWIN)
+  module.attr("device_type") = "cpu";
+  cuda::bind_twin(module);
+#else
+  module.attr("device_type") = "cuda";
+  module.def("probe", &cuda::probe, py::arg("device") = 0, release(),
              "Run a one-thread kernel and return the architecture it was compiled for, times ten. "
              "RuntimeError with CUDA's message when the device cannot run it.");
+#endif
+  module.def("linear_forward", &linear_forward, release());
 }
+
+}  // namespace xattn

@@ -14,9 +14,10 @@
 
 #include <cuda_runtime.h>
 
-// Functions of kernels; kernels, with the threads of a block and the blocks that a multiprocessor
-// shall hold at least; their one parameter.
+// Functions of kernels, and of hosts as well; kernels, with the threads of a block and the blocks that a
+// multiprocessor shall hold at least; their one parameter.
 #define XATTN_DEVICE __device__ __forceinline__
+#define XATTN_BOTH __host__ __device__ __forceinline__
 #define XATTN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define XATTN_PARAMETER const __grid_constant__
 #define XATTN_UNROLL _Pragma("unroll")
@@ -135,13 +136,20 @@ XATTN_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Copies of 16 bytes from global to shared memory that go on by themselves; both addresses are
-// multiples of 16. `bytes` of them are read, the rest is zero. A thread's copies since its last
-// commit_copies are a group; wait_copies<n> returns when all but its n latest groups have landed, to
-// be seen by this thread, and by others after a barrier.
-XATTN_DEVICE void copy_async(void* shared, const void* global, int bytes = 16) {
+// Copies of kSize = 4, 8 or 16 bytes from global to shared memory that go on by themselves; both addresses
+// are multiples of kSize. `bytes` of them are read, the rest is zero. A thread's copies since its last
+// commit_copies are a group; wait_copies<n> returns when all but its n latest groups have landed, to be
+// seen by this thread, and by others after a barrier.
+template <int kSize = 16>
+XATTN_DEVICE void copy_async(void* shared, const void* global, int bytes = kSize) {
+  static_assert(kSize == 4 || kSize == 8 || kSize == 16, "bytes of an asynchronous copy");
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  if constexpr (kSize == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(kSize), "r"(bytes)
+                 : "memory");
+  }
 }
 XATTN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

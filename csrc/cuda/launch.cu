@@ -1,8 +1,8 @@
-#include "launch.h"
-
 #include <map>
 #include <mutex>
 #include <tuple>
+
+#include "launch.h"
 
 namespace xattn::cuda {
 
@@ -30,10 +30,9 @@ Limits limits() {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  const Limits fresh{attribute(cudaDevAttrMultiProcessorCount, device),
-                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                     attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
-                         attribute(cudaDevAttrComputeCapabilityMinor, device)};
+  const Limits fresh{
+      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device)};
   return known.emplace(device, fresh).first->second;
 }
 

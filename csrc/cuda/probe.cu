@@ -1,8 +1,7 @@
 // Proof that the CUDA path works from compiler to card: one thread writes the architecture its code
 // was compiled for, and the host reads it back.
-#include "cuda/probe.h"
-
 #include "cuda/launch.h"
+#include "cuda/probe.h"
 
 namespace xattn::cuda {
 namespace {

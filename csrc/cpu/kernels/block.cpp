@@ -9,7 +9,7 @@
 // Edges with the same source and weight share a state, edges with the same query and weight a
 // projection. Matrix layouts: x, h and q are panels of tokens, channels as rows. The state's product sums
 // over tokens: it broadcasts k, whose rows are channels, and takes v with tokens as rows.
-#include "../edges.h"
+#include "../../edges.h"
 #include "../math.h"
 #include "../pack.h"
 #include "../pieces.h"

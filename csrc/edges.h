@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "../problem.h"
+#include "problem.h"
 
 namespace xattn {
 

@@ -1,0 +1,217 @@
+// S = sum_n w_n v_n phi(k_n)^T and Z = sum_n u_n phi(k_n) over chunks of tokens.
+//
+// Plan: a block has a chunk of one slot and a piece of its state, kept in registers as the chunk's tokens
+// go by in tiles, two of them in flight. Z is one row more of S: that of a value which is u_n. Warps share
+// a piece by rows, columns and tokens; those with the same rows and columns add up at the end, in order.
+#include "linear_states.h"
+#include "maths.h"
+#include "tile.h"
+
+namespace xattn::cuda {
+namespace {
+
+constexpr int kPiece = 48;  // rows and columns that a warp sums
+
+struct Arguments {
+  Table table;
+  LinearStates problem;
+  int64_t chunk, per_slot, works;
+  int first;
+  float* partial;
+};
+
+// Warps by rows, columns and tokens of a tile; a warp takes 16 tokens of each.
+template <class Products, int kRowWarps, int kColumnWarps, int kTokenWarps>
+struct Plan {
+  using P = Products;
+  static constexpr int kThreads = kWarp * kRowWarps * kColumnWarps * kTokenWarps;
+  static constexpr int kRows = kPiece * kRowWarps, kColumns = kPiece * kColumnWarps, kTokens = 16 * kTokenWarps;
+  static constexpr int kKeys = tile_elements<P>(kColumns, kTokens), kValues = tile_elements<P>(kRows, kTokens);
+  static constexpr int kStage = (kKeys + kValues) * static_cast<int>(sizeof(typename P::Element));
+  static constexpr int kSums = kRows * kColumns * static_cast<int>(sizeof(float));
+  static constexpr int kShared = 2 * kStage > kSums ? 2 * kStage : kSums;
+  static_assert(kStage % 16 == 0, "stages begin at multiples of 16 bytes");
+};
+
+template <class Plan>
+XATTN_DEVICE int groups_of_rows(const LinearStates& problem) {
+  return static_cast<int>((problem.value_channels + Plan::kRows) / Plan::kRows);
+}
+
+template <class Plan>
+class Block {
+ public:
+  using P = typename Plan::P;
+  using E = typename P::Element;
+
+  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
+    const int row_groups = groups_of_rows<Plan>(problem_);
+    const int column_groups = static_cast<int>((problem_.channels + Plan::kColumns - 1) / Plan::kColumns);
+    const int group = static_cast<int>(work % (row_groups * column_groups));
+    work /= row_groups * column_groups;
+    const int64_t chunk = work % args.per_slot;
+    work /= args.per_slot;
+    batch_ = work % problem_.batch;
+    slot_ = work / problem_.batch;
+    key_ = args.table.view(problem_.keys, slot_);
+    value_ = args.table.view(problem_.values, slot_);
+    begin_ = chunk * args.chunk;
+    end_ = min(key_.tokens, begin_ + args.chunk);
+    row_ = group % row_groups * Plan::kRows;
+    column_ = group / row_groups * Plan::kColumns;
+    partial_ = args.partial + ((args.table[args.first + slot_] + chunk) * problem_.batch + batch_) *
+                                  (problem_.value_channels + 1) * problem_.channels;
+  }
+
+  XATTN_DEVICE void run() {
+    if (begin_ >= end_) return;
+    rows_ = within(problem_.value_channels + 1 - row_, Plan::kRows);
+    columns_ = within(problem_.channels - column_, Plan::kColumns);
+    key_access_ = access<E>(key_, problem_.dtype);
+    value_access_ = access<E>(value_, problem_.dtype);
+    sum_.clear();
+    if (value_.data != nullptr) sum_tokens();
+    add_up();
+  }
+
+ private:
+  static XATTN_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static XATTN_DEVICE int within(int64_t left, int most) { return static_cast<int>(min(left, most)); }
+  static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
+
+  XATTN_DEVICE E* stage(int number) const { return reinterpret_cast<E*>(shared_memory() + number % 2 * Plan::kStage); }
+  XATTN_DEVICE Tile<E> keys(int number) const {
+    return make_tile<P>(stage(number), key_access_.token_minor, Plan::kColumns, Plan::kTokens);
+  }
+  XATTN_DEVICE Tile<E> values(int number) const {
+    return make_tile<P>(stage(number) + Plan::kKeys, value_access_.token_minor, Plan::kRows, Plan::kTokens);
+  }
+
+  XATTN_DEVICE void load(int number) const {
+    const int64_t token = begin_ + number * Plan::kTokens;
+    if (token < end_) {
+      const int tokens = within(end_ - token, Plan::kTokens);
+      load_tile(key_, key_access_, {batch_, column_, token, columns_, tokens}, keys(number), padded(columns_),
+                Plan::kTokens);
+      const int rows = within(problem_.value_channels - row_, Plan::kRows);
+      load_tile(value_, value_access_, {batch_, row_, token, rows, tokens}, values(number), padded(rows_),
+                Plan::kTokens);
+    }
+    commit_copies();
+  }
+
+  // phi(k), zero beyond the tensor; the row of Z; values by their weights.
+  XATTN_DEVICE void prepare(int number) const {
+    const int64_t token = begin_ + number * Plan::kTokens;
+    const int tokens = within(end_ - token, Plan::kTokens), columns = columns_;
+    const FeatureMap name = problem_.feature_map;
+    map_tile(keys(number), padded(columns), Plan::kTokens, [=](float x, int channel, int n) {
+      return channel < columns && n < tokens ? feature_map<P::kExact>(name, x) : 0.0f;
+    });
+    const Tile<E> value = values(number);
+    const int last = static_cast<int>(problem_.value_channels - row_);
+    if (problem_.weights == nullptr) {
+      if (last < Plan::kRows)
+        for (int n = thread_index(); n < Plan::kTokens; n += Plan::kThreads) *value.at(last, n) = from_float<E>(1.0f);
+      return;
+    }
+    const float* w = problem_.weights + (slot_ * problem_.batch + batch_) * 2 * problem_.longest + token;
+    const float* u = w + problem_.longest;
+    map_tile(value, padded(rows_), Plan::kTokens, [=](float x, int channel, int n) {
+      if (n >= tokens) return 0.0f;
+      return channel < last ? x * w[n] : channel == last ? u[n] : 0.0f;
+    });
+  }
+
+  XATTN_DEVICE void sum_tokens() {
+    load(0);
+    XATTN_KEEP_LOOP
+    for (int number = 0; begin_ + number * Plan::kTokens < end_; ++number) {
+      load(number + 1);
+      wait_copies<1>();
+      sync_threads();
+      prepare(number);
+      sync_threads();
+      multiply_add<P>(sum_, values(number).over_tokens(), row_of_warp(), keys(number).over_tokens(), column_of_warp(),
+                      token_warp() * 16, token_warp() * 16 + 16, padded(rows_) - row_of_warp(),
+                      padded(columns_) - column_of_warp());
+      sync_threads();
+    }
+    wait_copies<0>();
+  }
+
+  // Warps of the same piece one after another, then all of it to global memory.
+  XATTN_DEVICE void add_up() {
+    float* sums = reinterpret_cast<float*>(shared_memory());
+    const int rows = rows_ - row_of_warp(), columns = columns_ - column_of_warp();
+    XATTN_KEEP_LOOP
+    for (int turn = 0; turn < kTokenWarps; ++turn) {
+      if (token_warp() == turn)
+        sum_.for_pairs(rows, columns, [&](int row, int column, float x, float y) {
+          float* to = sums + (row_of_warp() + row) * Plan::kColumns + column_of_warp() + column;
+          to[0] = turn == 0 ? x : to[0] + x;
+          to[1] = turn == 0 ? y : to[1] + y;
+        });
+      sync_threads();
+    }
+    for_rows(rows_, columns_, [&](int row, int column) {
+      partial_[(row_ + row) * problem_.channels + column_ + column] = sums[row * Plan::kColumns + column];
+    });
+    sync_threads();
+  }
+
+  static constexpr int kRowWarps = Plan::kRows / kPiece, kColumnWarps = Plan::kColumns / kPiece,
+                       kTokenWarps = Plan::kTokens / 16;
+  static XATTN_DEVICE int row_of_warp() { return warp() % kRowWarps * kPiece; }
+  static XATTN_DEVICE int column_of_warp() { return warp() / kRowWarps % kColumnWarps * kPiece; }
+  static XATTN_DEVICE int token_warp() { return warp() / kRowWarps / kColumnWarps; }
+
+  const Arguments& args_;
+  const LinearStates& problem_;
+  View key_, value_;
+  Access key_access_, value_access_;
+  int64_t slot_, batch_, begin_, end_, row_, column_;
+  int rows_, columns_;
+  float* partial_;
+  Accumulator<kPiece / 16, kPiece / 8> sum_;
+};
+
+template <class Plan>
+XATTN_KERNEL(Plan::kThreads, 1)
+state_kernel(XATTN_PARAMETER Arguments args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+}
+
+template <class Plan>
+void start_plan(Arguments args, const Chunks& chunks, Stream stream) {
+  const int64_t rows = (args.problem.value_channels + Plan::kRows) / Plan::kRows;
+  const int64_t columns = (args.problem.channels + Plan::kColumns - 1) / Plan::kColumns;
+  args.works = rows * columns * chunks.per_slot * chunks.batch * chunks.slots;
+  launch(state_kernel<Plan>, "linear_states", args.works, Plan::kThreads, Plan::kShared, stream, args);
+}
+
+}  // namespace
+
+int64_t linear_chunk(const LinearProblem& problem, int64_t slots, int64_t longest) {
+  const int64_t pieces = (problem.value_channels / kPiece + 1) * ((problem.channels + kPiece - 1) / kPiece);
+  return chunk_tokens(longest, slots * problem.batch * pieces, 128, limits().processors);
+}
+
+void start_linear_states(const LinearStates& problem, const Table& table, const Chunks& chunks, float* partial,
+                         Stream stream) {
+  const Arguments args{table, problem, chunks.size, chunks.per_slot, 0, chunks.table, partial};
+  const bool narrow = problem.channels <= kPiece && problem.value_channels < kPiece;
+  if (problem.dtype == Dtype::kBFloat16) {
+    if (narrow)
+      start_plan<Plan<BFloat16Products, 1, 1, 8>>(args, chunks, stream);
+    else
+      start_plan<Plan<BFloat16Products, 2, 2, 2>>(args, chunks, stream);
+  } else if (problem.dtype == Dtype::kFloat16 || problem.tf32) {
+    start_plan<Plan<Tf32Products, 1, 1, 4>>(args, chunks, stream);
+  } else {
+    start_plan<Plan<IeeeProducts, 1, 1, 4>>(args, chunks, stream);
+  }
+}
+
+}  // namespace xattn::cuda

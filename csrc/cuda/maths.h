@@ -1,0 +1,71 @@
+// Feature maps and exponentials. Softplus takes one instruction of the special-function units, not two:
+// of log1p only a polynomial is needed, as its argument lies between 0 and 1.
+#pragma once
+
+#include "../problem.h"
+#include "device.h"
+
+namespace xattn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// c[0] + c[1] x + ... by Horner's rule.
+template <int kCount>
+XATTN_DEVICE float polynomial(float x, const float (&c)[kCount]) {
+  float y = c[kCount - 1];
+  XATTN_UNROLL
+  for (int i = kCount - 2; i >= 0; --i) y = fused_multiply_add(y, x, c[i]);
+  return y;
+}
+
+// log(1 + t) for t in [0, 1]; t times a minimax polynomial, so that small values keep all their digits.
+// Relative error 2e-7, or 9e-6 where results are rounded to bfloat16 anyway.
+template <bool kExact>
+XATTN_DEVICE float log1p_of_fraction(float t) {
+  if constexpr (kExact) {
+    constexpr float c[] = {0.9999999403953552f,  -0.4999949336051941f,   0.3331909477710724f,
+                           -0.2484297752380371f, 0.1910598874092102f,    -0.1366320699453354f,
+                           0.07822549343109131f, -0.029504956677556038f, 0.005232624243944883f};
+    return t * polynomial(t, c);
+  } else {
+    constexpr float c[] = {0.9999915957450867f,   -0.4993613362312317f, 0.325206458568573f,
+                           -0.21004803478717804f, 0.10122154653072357f, -0.023868856951594353f};
+    return t * polynomial(t, c);
+  }
+}
+
+// log(1 + exp(x)) without cancellation for any x.
+template <bool kExact>
+XATTN_DEVICE float softplus(float x) {
+  const float t = exp2_approximate(-kLog2E * (x < 0.0f ? -x : x));
+  return (x < 0.0f ? 0.0f : x) + log1p_of_fraction<kExact>(t);
+}
+
+template <bool kExact>
+XATTN_DEVICE float feature_map(FeatureMap name, float x) {
+  switch (name) {
+    case FeatureMap::kSoftplus:
+      return softplus<kExact>(x);
+    case FeatureMap::kRelu:
+      return x < 0.0f ? 0.0f : x;
+    case FeatureMap::kElu:
+      return x > 0.0f ? x + 1.0f : exp2_approximate(kLog2E * x);
+    default:
+      return x;
+  }
+}
+
+XATTN_DEVICE float feature_map_derivative(FeatureMap name, float x) {
+  switch (name) {
+    case FeatureMap::kSoftplus:
+      return 1.0f / (1.0f + exp2_approximate(-kLog2E * x));
+    case FeatureMap::kRelu:
+      return x > 0.0f ? 1.0f : 0.0f;
+    case FeatureMap::kElu:
+      return x > 0.0f ? 1.0f : exp2_approximate(kLog2E * x);
+    default:
+      return 1.0f;
+  }
+}
+
+}  // namespace xattn::cuda

@@ -1,0 +1,104 @@
+"""The native CUDA module ``xattn_kernels._cuda``: loaded when first asked for, never at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn_kernels._version import __version__
+from xattn_kernels.registry import Problem
+
+#: Widest queries, keys, values: per head for the softmax operator.
+MAX_WIDTH = 384
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    from xattn_kernels import info
+
+    try:
+        module = importlib.import_module("xattn_kernels._cuda")
+    except ModuleNotFoundError:
+        record = info.build_record() or {}
+        reason = (record.get("cuda") or {}).get("reason") or "install again on a machine with nvcc"
+        return None, f"the native module _cuda was not built: {reason}"
+    except (ImportError, RuntimeError) as error:
+        return None, f"the native module _cuda does not load: {error}"
+    if module.__version__ != __version__:
+        return None, (
+            f"the native module _cuda was built for version {module.__version__}, this is "
+            f"{__version__}: install again"
+        )
+    if module.device_type == "cuda" and not torch.cuda.is_available():
+        return None, "no CUDA device"
+    return module, None
+
+
+def load_error() -> str | None:
+    """Return why the native CUDA module cannot be used; None if it can."""
+    return _load()[1]
+
+
+def module() -> Any:
+    """Return the native CUDA module.
+
+    Raises:
+        RuntimeError: if it cannot be used.
+    """
+    found, reason = _load()
+    if found is None:
+        raise RuntimeError(reason)
+    return found
+
+
+def refusals(problem: Problem) -> list[str]:
+    """Why the CUDA kernels, which share most of their limits, cannot run a problem."""
+    reasons = []
+    device = module().device_type
+    if problem.device != device:
+        reasons.append(f"runs on {device.upper()} tensors, not on {problem.device}")
+    elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        reasons.append(f"needs compute capability 8.0, not {torch.cuda.get_device_capability()}")
+    if problem.dtype is torch.float64:
+        reasons.append("has no float64 kernels")
+    width = max(problem.channels, problem.value_channels) // problem.heads
+    if width > MAX_WIDTH:
+        per_head = " a head" if problem.heads > 1 else ""
+        reasons.append(f"takes up to {MAX_WIDTH} channels{per_head}, not {width}")
+    if problem.transformed:
+        reasons.append("kernels have no rules for torch.func transforms and forward-mode gradients")
+    return reasons
+
+
+class Scratch:
+    """Device memory for the length of a call: the module asks for it once it knows how much."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory: Tensor | None = None
+
+    def __call__(self, size: int) -> int:
+        """Allocate ``size`` bytes and return their address."""
+        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.memory.data_ptr()
+
+
+Context = tuple[int, int, bool, Callable[[int], int]]
+
+
+def context(x: Tensor) -> Context:
+    """What every function of the module takes first: the device, stream and precision of a call.
+
+    The caller's stream is torch's current one on the device of ``x``. Memory that is freed when the
+    call returns is given out again only to later work on that stream.
+    """
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if not x.is_cuda:
+        return 0, 0, tf32, Scratch(x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return x.get_device(), stream, tf32, Scratch(x.device)
