@@ -23,6 +23,8 @@
 #define XATTN_UNROLL _Pragma("unroll")
 #define XATTN_KEEP_LOOP _Pragma("unroll 1")
 
+// Of what follows the host's own compiler, which sees this through the headers of hosts, knows nothing.
+#if defined(__CUDACC__)
 namespace xattn::cuda {
 
 // Blocks and grids have one dimension.
@@ -158,4 +160,5 @@ XATTN_DEVICE void wait_copies() {
 }
 
 }  // namespace xattn::cuda
+#endif
 #endif
