@@ -1,4 +1,4 @@
-"""Runs the tests in `on_host/`: each file in a process that has the CUDA engine compiled for the CPU."""
+"""Runs the tests in `on_host/`: each file in a process with the CUDA engine built for the CPU."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def twin() -> Any:
 
 @pytest.fixture(autouse=True)
 def engine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ask for the engine by name, on a device of three processors, in an order of the test's own."""
+    """Ask for the engine by name, on three processors, in an order of the test's own."""
     from xattn_kernels import registry
 
     assert registry.unavailable("cuda") is None, registry.unavailable("cuda")

@@ -77,10 +77,7 @@ def preload() -> list[str]:
 
     The C++ library is one of them: the sanitizer looks for what throws exceptions when it starts.
     """
-    if _is_clang():
-        asan = f"libclang_rt.asan-{os.uname().machine}.so"
-    else:
-        asan = "libasan.so"
+    asan = f"libclang_rt.asan-{os.uname().machine}.so" if _is_clang() else "libasan.so"
     found = []
     for name in (asan, "libstdc++.so.6"):
         command = [*compiler(), f"-print-file-name={name}"]
@@ -118,7 +115,9 @@ def _includes(path: Path, folders: Sequence[Path], seen: dict[Path, bytes]) -> N
 
 
 def _command(source: Source, csrc: Path, twin: Path) -> list[str]:
-    version = re.search(r'"(.+)"', (ROOT / "xattn_kernels" / "_version.py").read_text())
+    version = re.search(
+        r'__version__ = "(.+)"', (ROOT / "xattn_kernels" / "_version.py").read_text()
+    )
     assert version is not None
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     return [
