@@ -34,10 +34,20 @@ XATTN_DEVICE float log1p_of_fraction(float t) {
   }
 }
 
+// exp(x) for x <= 0. The exponent's rounding grows with it: 1e-6 of the result at -30, where that counts.
+template <bool kExact>
+XATTN_DEVICE float exponential(float x) {
+  const float exponent = kLog2E * x, y = exp2_approximate(exponent);
+  if constexpr (!kExact) return y;
+  // What is lost times log(2); below -150 the result is zero, and infinities have no remainder.
+  const float lost = fused_multiply_add(x, kLog2E, -exponent) + x * 1.9259630e-8f;
+  return exponent > -150.0f ? fused_multiply_add(y, lost * 0.6931472f, y) : y;
+}
+
 // log(1 + exp(x)) without cancellation for any x.
 template <bool kExact>
 XATTN_DEVICE float softplus(float x) {
-  const float t = exp2_approximate(-kLog2E * (x < 0.0f ? -x : x));
+  const float t = exponential<kExact>(x < 0.0f ? x : -x);
   return (x < 0.0f ? 0.0f : x) + log1p_of_fraction<kExact>(t);
 }
 
@@ -49,20 +59,23 @@ XATTN_DEVICE float feature_map(FeatureMap name, float x) {
     case FeatureMap::kRelu:
       return x < 0.0f ? 0.0f : x;
     case FeatureMap::kElu:
-      return x > 0.0f ? x + 1.0f : exp2_approximate(kLog2E * x);
+      return x > 0.0f ? x + 1.0f : exponential<kExact>(x);
     default:
       return x;
   }
 }
 
+template <bool kExact>
 XATTN_DEVICE float feature_map_derivative(FeatureMap name, float x) {
   switch (name) {
-    case FeatureMap::kSoftplus:
-      return 1.0f / (1.0f + exp2_approximate(-kLog2E * x));
+    case FeatureMap::kSoftplus: {
+      const float t = exponential<kExact>(x < 0.0f ? x : -x);
+      return (x < 0.0f ? t : 1.0f) / (1.0f + t);
+    }
     case FeatureMap::kRelu:
       return x > 0.0f ? 1.0f : 0.0f;
     case FeatureMap::kElu:
-      return x > 0.0f ? 1.0f : exp2_approximate(kLog2E * x);
+      return x > 0.0f ? 1.0f : exponential<kExact>(x);
     default:
       return 1.0f;
   }
