@@ -137,7 +137,6 @@ class Block {
                       padded(columns_) - column_of_warp());
       sync_threads();
     }
-    wait_copies<0>();
   }
 
   // Warps of the same piece one after another, then all of it to global memory.
