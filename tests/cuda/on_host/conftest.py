@@ -7,32 +7,15 @@ sources, and the path of its own for sm_90a.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import zlib
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
+from twin import host
 
-# AddressSanitizer is in this process; programs that it starts do without.
-os.environ.pop("LD_PRELOAD", None)
-
-
-def _load() -> ModuleType:
-    path = os.environ.get("XATTN_TWIN_MODULE")
-    assert path, "run these tests with tests/cuda/twin/run.py"
-    spec = importlib.util.spec_from_file_location("xattn_kernels._cuda", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULE = _load()
-sys.modules["xattn_kernels._cuda"] = MODULE
+MODULE = host.load()
 
 
 @pytest.fixture

@@ -250,8 +250,10 @@ def build(
                 return _compile(Source(csrc / source.path.relative_to(CSRC), source.flags), csrc)
             return _compile(source)
 
+        # Of a function in several objects, the linker takes the first: the changed one.
+        sources = sorted(_sources(name, asan), key=lambda source: source.path.name not in only)
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(compile, _sources(name, asan)))
+            objects = list(pool.map(compile, sources))
         result = _link(name, objects, ASAN_FLAGS if asan else ())
         _prune()
     return result

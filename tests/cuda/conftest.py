@@ -1,0 +1,1 @@
+"""Makes ``twin`` importable for the tests here and in `on_host/`."""
