@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -14,7 +16,7 @@ import torch
 
 import xattn_kernels
 import xattn_models
-from xattn_build import cuda, native
+from xattn_build import cuda, native, nvcc
 from xattn_kernels import info
 from xattn_kernels.ops import native as loader
 
@@ -179,6 +181,19 @@ class TestCompilerSearch:
         env["CUDA_HOME"] = str(tmp_path / "nothing")
         assert cuda.find_nvcc(env) == str(on_path)
 
+    def test_libraries_of_the_wheels(self, tmp_path: Path) -> None:
+        """Named to the linker where the compiler would not look; a toolkit's are left to it."""
+        nvcc = str(executable(tmp_path / "cu13" / "bin" / "nvcc"))
+        assert cuda.library_environment(nvcc, {"A": "b"}) == {"A": "b"}
+        library = tmp_path / "cu13" / "lib"
+        library.mkdir()
+        (library / "libcudart_static.a").touch()
+        assert cuda.library_environment(nvcc, {}) == {"LIBRARY_PATH": str(library)}
+        found = cuda.library_environment(nvcc, {"LIBRARY_PATH": "/mine"})["LIBRARY_PATH"]
+        assert found == f"{library}{os.pathsep}/mine"
+        (tmp_path / "cu13" / "lib64").mkdir()
+        assert cuda.library_environment(nvcc, {}) == {}
+
     def test_wrong_choice_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(cuda.BuildError, match="CUDACXX"):
             cuda.find_nvcc({"CUDACXX": str(tmp_path / "nvcc"), "PATH": ""})
@@ -224,6 +239,108 @@ class TestJobs:
     def test_bad_override(self) -> None:
         with pytest.raises(cuda.BuildError, match="MAX_JOBS='0'"):
             native.parallel_jobs({"MAX_JOBS": "0"}, cuda=False)
+
+
+class TestCompilerByHand:
+    """`xattn_build.nvcc` compiles what CMake compiles, in the same way."""
+
+    @pytest.mark.parametrize(
+        ("archs", "expected"),
+        [
+            (["80-real"], ["-gencode=arch=compute_80,code=[sm_80]"]),
+            (
+                ["90a-real", "120"],
+                [
+                    "-gencode=arch=compute_90a,code=[sm_90a]",
+                    "-gencode=arch=compute_120,code=[compute_120,sm_120]",
+                ],
+            ),
+            (["90-virtual"], ["-gencode=arch=compute_90,code=[compute_90]"]),
+        ],
+    )
+    def test_architectures(self, archs: list[str], expected: list[str]) -> None:
+        assert nvcc.code_of(archs) == expected
+
+    def test_words_are_refused(self) -> None:
+        with pytest.raises(cuda.BuildError, match="'native' is not an architecture"):
+            nvcc.code_of(["native"])
+
+    def test_strict_and_compressed(self) -> None:
+        for flag in ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-std=c++17"):
+            assert flag in nvcc.flags()
+        assert not any(flag.startswith("#") for flag in nvcc.flags())
+
+    def test_module(self, tmp_path: Path) -> None:
+        """Every source once; files for 90a alone are for nothing else where 90a is asked for."""
+        commands: list[list[str]] = []
+        module = nvcc.build_module(
+            "nvcc", ["80-real", "90a-real"], tmp_path, "1.2", [Path("/pybind")], 2, commands.append
+        )
+        assert module.parent == tmp_path and module.name.startswith("_cuda.")
+        *compiled, linked = sorted(commands, key=lambda command: "-shared" in command)
+        assert {Path(command[-3]) for command in compiled} == {*nvcc.sources(), *nvcc.HOST_SOURCES}
+        assert {command[-1] for command in compiled} == {x for x in linked if x.endswith(".o")}
+        assert "-cudart=static" in linked and linked[-1] == str(module)
+        for command in compiled:
+            special = Path(command[-3]).stem.endswith("_sm90")
+            kernels = command[-3].endswith(".cu")
+            assert ("-gencode=arch=compute_80,code=[sm_80]" in command) == (kernels != special)
+            assert ("-DXATTN_HAVE_SM90A=1" in command) == kernels
+            assert ('-DXATTN_VERSION="1.2"' in command) != kernels
+        command = nvcc.kernel_command("nvcc", Path("a_sm90.cu"), Path("a.o"), ["80-real", "120"])
+        assert set(nvcc.code_of(["80-real", "120"])) <= set(command)
+        assert "-DXATTN_HAVE_SM90A=1" not in command
+        command = nvcc.kernel_command("nvcc", Path("a_sm90.cu"), Path("a.o"), ["80-real", "90a"])
+        assert "-gencode=arch=compute_80,code=[sm_80]" not in command
+
+    def test_failure_says_what_the_compiler_said(self, tmp_path: Path) -> None:
+        broken = executable(tmp_path / "bin" / "nvcc")
+        broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 3\n")
+        with pytest.raises(cuda.BuildError, match=r"failed \(3\):\nno such luck"):
+            nvcc.build_module(str(broken), ["80-real"], tmp_path, "1", [])
+
+    @pytest.mark.parametrize("archs", [("80-real", "90a-real", "120"), ("86-real",)])
+    def test_as_cmake_does(self, tmp_path: Path, archs: tuple[str, ...]) -> None:
+        compiler = cuda.find_nvcc(os.environ)
+        assert compiler is not None, "make setup installs one"
+        done = subprocess.run(
+            [
+                native._tool("cmake"),
+                *("-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DXATTN_CUDA=ON"),
+                f"-DCMAKE_MAKE_PROGRAM={native._tool('ninja')}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={native._pybind11_dir()}",
+                f"-DCMAKE_CUDA_COMPILER={compiler}",
+                f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}",
+            ],
+            env=cuda.library_environment(compiler, os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        entries = json.loads((tmp_path / "compile_commands.json").read_text())
+        by_cmake = {
+            Path(entry["file"]): shlex.split(entry["command"])
+            for entry in entries
+            if entry["file"].endswith(".cu")
+        }
+        assert set(by_cmake) == set(nvcc.sources())
+        for source, command in by_cmake.items():
+            by_hand = nvcc.kernel_command(compiler, source, Path(command[-1]), archs)
+            assert normal(by_hand) == normal(command)
+
+
+def normal(command: list[str]) -> set[str]:
+    """The flags of a command that matter, one way of writing each."""
+    found = set()
+    for word in command[1:]:
+        word = word.replace("--generate-code=", "-gencode=")
+        if word.startswith("-Xcompiler="):
+            found |= {f"-Xcompiler={flag}" for flag in word.partition("=")[2].split(",")}
+        elif word.startswith("-") and word not in ("-c", "-o", "-x", "-MD", "-MT", "-MF"):
+            found.add(word)
+    return found - {"-forward-unknown-to-host-compiler"}
 
 
 class TestPackages:

@@ -118,6 +118,18 @@ def find_nvcc(env: Mapping[str, str]) -> str | None:
     return next((str(path) for path in candidates if os.access(path, os.X_OK)), None)
 
 
+def library_environment(nvcc: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which ``nvcc`` finds its own libraries.
+
+    The wheels of CUDA 13.0 have them in ``lib``, and their nvcc looks into ``lib64``.
+    """
+    home = Path(nvcc).resolve().parents[1]
+    if (home / "lib64").is_dir() or not (home / "lib" / "libcudart_static.a").exists():
+        return dict(env)
+    known = [env["LIBRARY_PATH"]] if env.get("LIBRARY_PATH") else []
+    return {**env, "LIBRARY_PATH": os.pathsep.join([str(home / "lib"), *known])}
+
+
 def nvcc_archs(nvcc: str) -> tuple[int, ...]:
     """Architectures the compiler knows, as integers (80, 86, ...)."""
     try:

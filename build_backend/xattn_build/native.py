@@ -19,7 +19,7 @@ from setuptools import Distribution
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-from xattn_build.cuda import BuildError, CudaPlan, make_plan
+from xattn_build.cuda import BuildError, CudaPlan, library_environment, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "xattn_kernels"
@@ -92,7 +92,7 @@ class BuildNative(build_ext):
         if plan.worth_a_warning:
             self.warn(f"only the CPU module is built: {plan.reason}")
         jobs = parallel_jobs(os.environ, plan.build)
-        _call([_tool("cmake"), "--build", str(work), "--parallel", str(jobs)], "compiling")
+        _call([_tool("cmake"), "--build", str(work), "--parallel", str(jobs)], "compiling", plan)
         destination = self._destination()
         destination.mkdir(parents=True, exist_ok=True)
         for stale in map(Path, self.get_outputs()):
@@ -132,7 +132,7 @@ class BuildNative(build_ext):
             for compilers_found in (work / "CMakeFiles").glob("[0-9]*"):
                 shutil.rmtree(compilers_found)
         key.unlink(missing_ok=True)
-        _call(command, "configuring")
+        _call(command, "configuring", plan)
         key.write_text(current)
 
 
@@ -234,8 +234,9 @@ def _pybind11_dir() -> str:
     return str(pybind11.get_cmake_dir())
 
 
-def _call(command: list[str], doing: str) -> None:
+def _call(command: list[str], doing: str, plan: CudaPlan | None = None) -> None:
+    env = library_environment(plan.nvcc, os.environ) if plan and plan.nvcc else None
     print("+", shlex.join(command), flush=True)
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False, env=env).returncode
     if status != 0:
         raise BuildError(f"{doing} failed (exit status {status})")
