@@ -98,6 +98,8 @@ XATTN_DEVICE float log2_approximate(float x) {
   return y;
 }
 XATTN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// The larger of two numbers, or the one of them that is a number.
+XATTN_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 
 // Four matrices of 8 x 8 elements of 16 bits from shared memory. Lane 8 i + r has the address of row r
 // of matrix i, a multiple of 16 bytes. Lane l receives of matrix i elements (l / 4, 2 (l % 4)) and

@@ -128,6 +128,7 @@ inline float log2_approximate(float x) { return std::log2(twin::flush(x)); }
 inline float fused_multiply_add(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
 }
+inline float larger(float a, float b) { return std::fmax(a, b); }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row, XATTN_TWIN_SITE) {
   twin::meet(twin::Collective::kLoad, {file, line}, r, row, nullptr);
