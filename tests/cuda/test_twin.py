@@ -533,6 +533,15 @@ def test_sanitizer_sees_copies_too_far() -> None:
     assert "copy_async" in done.stderr or "AddressSanitizer" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["read_vector", "write_vector"])
+def test_sanitizer_sees_vectors_that_are_not_aligned(name: str) -> None:
+    assert "survived" in alone(True, name, 4).stdout
+    for number in (1, 2):
+        done = alone(True, name, number)
+        assert done.returncode != 0 and "survived" not in done.stdout
+        assert "misaligned address" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("asan", [False, True])
 def test_stack_overflow_is_caught(asan: bool) -> None:
     assert "survived" in alone(asan, "deep", 20).stdout

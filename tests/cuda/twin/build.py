@@ -41,7 +41,13 @@ NOT_ON_HOST = {"probe.cu", "launch.cu", "block_sm90.cu"}
 KERNEL_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-strict-aliasing")
 HOST_FLAGS = ("-O1", "-g1")
 LAYER_FLAGS = ("-O3", "-g1", "-fno-omit-frame-pointer")
-ASAN_FLAGS = ("-fsanitize=address",)
+#: What a GPU refuses, addresses that are not aligned, is no fault on most CPUs. Integers that overflow
+#: are none anywhere.
+ASAN_FLAGS = (
+    "-fsanitize=address",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fno-sanitize-recover=all",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def environment(asan: bool = True) -> dict[str, str]:
             "detect_leaks=0:detect_stack_use_after_return=0:quarantine_size_mb=16:"
             "allocator_may_return_null=1:handle_segv=1:abort_on_error=0"
         )
+        variables["UBSAN_OPTIONS"] = "print_stacktrace=1"
         variables["LD_PRELOAD"] = " ".join(preload())
     return variables
 

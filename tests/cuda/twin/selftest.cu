@@ -254,6 +254,17 @@ XATTN_KERNEL(32, 1) read_shared_kernel(XATTN_PARAMETER Arguments args) {
 }
 XATTN_KERNEL(32, 1) write_shared_kernel(XATTN_PARAMETER Arguments args) { shared<float>()[args.number] = 1.0f; }
 
+// Four floats at once from the float `number`.
+struct alignas(16) Vector {
+  float x[4];
+};
+XATTN_KERNEL(32, 1) read_vector_kernel(XATTN_PARAMETER Arguments args) {
+  args.d_as<Vector>()[0] = *reinterpret_cast<const Vector*>(args.a_as<float>() + args.number);
+}
+XATTN_KERNEL(32, 1) write_vector_kernel(XATTN_PARAMETER Arguments args) {
+  *reinterpret_cast<Vector*>(args.d_as<float>() + args.number) = args.a_as<Vector>()[0];
+}
+
 // Takes `number` times some of a thread's stack.
 int deep(int64_t number) {
   volatile int here[256];
@@ -323,6 +334,8 @@ const Kernel kKernels[] = {
     KERNEL(write_global),
     KERNEL(read_shared),
     KERNEL(write_shared),
+    KERNEL(read_vector),
+    KERNEL(write_vector),
     KERNEL(deep),
     KERNEL(products),
     KERNEL(barriers),
