@@ -52,6 +52,21 @@ void linear_forward(const Context& context, int dtype, int64_t batch, int64_t ch
                        call(context));
 }
 
+void linear_backward(const Context& context, int dtype, int64_t batch, int64_t channels, int64_t value_channels,
+                     int feature_map, double eps, const Views& queries, const Views& keys, const Views& values,
+                     const Integers& edges, int64_t state_s, int64_t state_z, const Views& grad_outputs,
+                     int64_t grad_state_s, int64_t grad_state_z, const Views& grad_queries, const Views& grad_keys,
+                     const Views& grad_values, int64_t grad_initial_s, int64_t grad_initial_z) {
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), grad_outputs.size());
+  // The kernels see the outputs only through their gradients, which have the same token counts.
+  cuda::linear_backward(
+      {Dtype(dtype), batch, channels, value_channels, FeatureMap(feature_map), eps, span(queries), span(keys),
+       span(values), span(grad_outputs), index.list(), nullptr, nullptr, pointer(state_s), pointer(state_z)},
+      {span(grad_outputs), pointer(grad_state_s), pointer(grad_state_z), span(grad_queries), span(grad_keys),
+       span(grad_values), pointer(grad_initial_s), pointer(grad_initial_z)},
+      call(context));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -70,6 +85,7 @@ PYBIND11_MODULE(_cuda, module) {
              "RuntimeError with CUDA's message when the device cannot run it.");
 #endif
   module.def("linear_forward", &linear_forward, release());
+  module.def("linear_backward", &linear_backward, release());
 }
 
 }  // namespace xattn

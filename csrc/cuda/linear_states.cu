@@ -64,13 +64,13 @@ class Block {
   }
 
   XATTN_DEVICE void run() {
-    if (begin_ >= end_) return;
+    if (begin_ >= end_ || value_.data == nullptr) return;
     rows_ = within(problem_.value_channels + 1 - row_, Plan::kRows);
     columns_ = within(problem_.channels - column_, Plan::kColumns);
     key_access_ = access<E>(key_, problem_.dtype);
     value_access_ = access<E>(value_, problem_.dtype);
     sum_.clear();
-    if (value_.data != nullptr) sum_tokens();
+    sum_tokens();
     add_up();
   }
 

@@ -11,7 +11,7 @@ struct LinearStates {
   FeatureMap feature_map;
   bool tf32;
   int64_t batch, channels, value_channels;
-  int keys, values;  // in the table: views of slots; a value without data counts as zero
+  int keys, values;  // in the table: views of slots; one without values has no chunks
   // w and u, (slots, batch, 2, longest); null: both are one.
   const float* weights;
   int64_t longest;

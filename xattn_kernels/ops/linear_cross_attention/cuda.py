@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from xattn_kernels.ops import native_cuda
-from xattn_kernels.ops.linear_cross_attention.op import Result, allocate
-from xattn_kernels.ops.native import DTYPE_CODES, FEATURE_MAP_CODES, pointer, views
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.ops.native import (
+    DTYPE_CODES,
+    FEATURE_MAP_CODES,
+    optional_views,
+    pointer,
+    views,
+)
 from xattn_kernels.registry import Problem
 
 _cuda = native_cuda.module()
@@ -54,3 +63,55 @@ def forward(
         new_z.data_ptr(),
     )
     return outputs, new_s, new_z
+
+
+def backward(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    edges: Sequence[int],
+    state_s: Tensor,
+    state_z: Tensor,
+    grad_outputs: Sequence[Tensor | None],
+    grad_s: Tensor | None,
+    grad_z: Tensor | None,
+    feature_map: str,
+    eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Return the wanted gradients, in the order queries, keys, values, initial S, initial Z."""
+    gradients = allocate_gradients([*query, *key, *value], state_s, state_z, wanted)
+    if query[0].size(0) == 0:
+        return [x.zero_() for x in gradients]
+    *by_slot, initial_s, initial_z = place_gradients(gradients, wanted)
+    if wanted[-1] != wanted[-2]:  # the kernels give both or neither
+        initial_s = torch.empty_like(state_s) if initial_s is None else initial_s
+        initial_z = torch.empty_like(state_z) if initial_z is None else initial_z
+    keys, values = len(query), len(query) + len(key)
+    # Kernels read states and their gradients as contiguous; held here, they live through the call.
+    state_s, state_z = state_s.contiguous(), state_z.contiguous()
+    grad_s, grad_z = (None if x is None else x.contiguous() for x in (grad_s, grad_z))
+    _cuda.linear_backward(
+        native_cuda.context(query[0]),
+        DTYPE_CODES[query[0].dtype],
+        query[0].size(0),
+        query[0].size(1),
+        value[0].size(1),
+        FEATURE_MAP_CODES[feature_map],
+        eps,
+        views(query),
+        views(key),
+        views(value),
+        edges,
+        state_s.data_ptr(),
+        state_z.data_ptr(),
+        optional_views(grad_outputs, [query[q] for q, _ in group_by_output(edges)]),
+        pointer(grad_s),
+        pointer(grad_z),
+        optional_views(by_slot[:keys], query),
+        optional_views(by_slot[keys:values], key),
+        optional_views(by_slot[values:], value),
+        pointer(initial_s),
+        pointer(initial_z),
+    )
+    return gradients
