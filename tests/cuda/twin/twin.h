@@ -118,6 +118,9 @@ inline float bits_float(uint32_t x) {
 
 inline float bfloat16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 uint32_t pack_bfloat16(float low, float high);
+inline uint32_t pack_bfloat16_relu(float low, float high) {
+  return pack_bfloat16(low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
+}
 float float16_to_float(uint16_t x);
 uint16_t float_to_float16(float x);
 uint32_t float_to_tf32(float x);
