@@ -198,6 +198,125 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Operand<
   }
 }
 
+// Pieces of 16 x 16 elements of a bfloat16 operand, as a lane reads them: its address in the first piece, and
+// how far it is from piece to piece. For loops that are unrolled, where an address is one addition then.
+struct Pieces {
+  const BFloat16* first;
+  int along, deep;  // elements between pieces, by i and by k
+  bool transposed;
+  // (16 i .. 16 i + 15, 16 k .. 16 k + 15) beyond the first.
+  XATTN_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+    const BFloat16* at = first + i * along + k * deep;
+    if (transposed)
+      load_matrices_transposed(r, at);
+    else
+      load_matrices(r, at);
+  }
+};
+XATTN_DEVICE Pieces left_pieces(const Operand<BFloat16>& a, int row) {
+  const int matrix = lane() / 8, r = lane() % 8;
+  if (a.depth_minor) return {a.at(row + matrix % 2 * 8 + r, matrix / 2 * 8), 16 * a.stride, 16, false};
+  return {a.at(row + matrix % 2 * 8, matrix / 2 * 8 + r), 16, 16 * a.stride, true};
+}
+XATTN_DEVICE Pieces right_pieces(const Operand<BFloat16>& b, int column, int begin) {
+  const int matrix = lane() / 8, r = lane() % 8;
+  if (b.depth_minor) return {b.at(column + matrix / 2 * 8 + r, begin + matrix % 2 * 8), 16 * b.stride, 16, false};
+  return {b.at(column + matrix / 2 * 8, begin + matrix % 2 * 8 + r), 16, 16 * b.stride, true};
+}
+
+// One step of 16 of a product: sum += left b, of piece k of b.
+template <int kRows, int kColumns>
+XATTN_DEVICE void multiply_step(Accumulator<kRows, kColumns>& sum, const uint32_t (&left)[kRows][4], const Pieces& b,
+                                int k, int columns = 8 * kColumns) {
+  XATTN_UNROLL
+  for (int n = 0; n < kColumns / 2; ++n) {
+    if (16 * n >= columns) continue;
+    uint32_t right[4];
+    b.load(right, n, k);
+    XATTN_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      multiply_bfloat16(sum.v[m][2 * n], left[m], {right[0], right[1]});
+      multiply_bfloat16(sum.v[m][2 * n + 1], left[m], {right[2], right[3]});
+    }
+  }
+}
+
+// sum += a b where a product's result is the left operand: what is summed over are its columns, and rows of b
+// from `begin`. It stays in the registers of its lanes: two of its tiles side by side are what a left operand of
+// bfloat16 is made of; one is what is wanted of tf32 if the rows of b are taken in another order; float32 asks
+// the lanes that have it. Columns of b from `column`, left out in tiles of 16 from `columns` on.
+template <class P, int kRows, int kDepth, int kColumns>
+XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumulator<kRows, kDepth>& a,
+                               const Operand<typename P::Element>& b, int column, int begin,
+                               int columns = 8 * kColumns) {
+  static_assert(kDepth % 2 == 0 && kColumns % 2 == 0, "tiles come in pairs");
+  const int g = lane() / 4, t = lane() % 4;
+  if constexpr (sizeof(typename P::Element) == 2) {
+    const Pieces pieces = right_pieces(b, column, begin);
+    XATTN_UNROLL
+    for (int k = 0; k < kDepth / 2; ++k) {
+      uint32_t left[kRows][4];
+      XATTN_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        XATTN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float(&v)[4] = a.v[m][2 * k + i / 2];
+          left[m][i] = pack_bfloat16(v[i % 2 * 2], v[i % 2 * 2 + 1]);
+        }
+      }
+      multiply_step(sum, left, pieces, k, columns);
+    }
+  } else if constexpr (std::is_same_v<P, Tf32Products>) {
+    XATTN_UNROLL
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t left[kRows][4];
+      XATTN_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        XATTN_UNROLL
+        for (int i = 0; i < 4; ++i) left[m][i] = float_to_tf32(a.v[m][k][i % 2 * 2 + i / 2]);
+      }
+      XATTN_UNROLL
+      for (int n = 0; n < kColumns; ++n) {
+        if (8 * n >= columns) continue;
+        uint32_t right[2];
+        XATTN_UNROLL
+        for (int i = 0; i < 2; ++i) right[i] = float_to_tf32(*b.at(column + 8 * n + g, begin + 8 * k + 2 * t + i));
+        XATTN_UNROLL
+        for (int m = 0; m < kRows; ++m) multiply_tf32(sum.v[m][n], left[m], right);
+      }
+    }
+  } else {
+    XATTN_UNROLL
+    for (int k = 0; k < kDepth; ++k) {
+      XATTN_KEEP_LOOP
+      for (int pair = 0; pair < 4; ++pair) {
+        float left[kRows][4];
+        XATTN_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+          XATTN_UNROLL
+          for (int i = 0; i < 4; ++i) left[m][i] = shuffle(a.v[m][k][i], 4 * g + pair);
+        }
+        XATTN_UNROLL
+        for (int n = 0; n < kColumns; ++n) {
+          if (8 * n >= columns) continue;
+          float right[2][2];
+          XATTN_UNROLL
+          for (int i = 0; i < 4; ++i)
+            right[i / 2][i % 2] = *b.at(column + 8 * n + 2 * t + i % 2, begin + 8 * k + 2 * pair + i / 2);
+          XATTN_UNROLL
+          for (int m = 0; m < kRows; ++m) {
+            XATTN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              sum.v[m][n][i] = fused_multiply_add(left[m][i / 2 * 2], right[0][i % 2], sum.v[m][n][i]);
+              sum.v[m][n][i] = fused_multiply_add(left[m][i / 2 * 2 + 1], right[1][i % 2], sum.v[m][n][i]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // The product of a block's warps: each takes every warp_count()th tile of the rows x columns result and
 // calls body(row, column, accumulator, rows, columns) with its place and with what of the tile lies
 // within. rows, columns and depth are multiples of 16.
