@@ -67,6 +67,15 @@ void linear_backward(const Context& context, int dtype, int64_t batch, int64_t c
       call(context));
 }
 
+void softmax_forward(const Context& context, int dtype, int64_t batch, int64_t channels, int64_t value_channels,
+                     int64_t heads, double scale, const Views& queries, const Views& keys, const Views& values,
+                     const Views& outputs, const Integers& edges, const Integers& lse) {
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
+  cuda::softmax_forward({Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys),
+                         span(values), span(outputs), index.list(), pointers(lse)},
+                        call(context));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -86,6 +95,7 @@ PYBIND11_MODULE(_cuda, module) {
 #endif
   module.def("linear_forward", &linear_forward, release());
   module.def("linear_backward", &linear_backward, release());
+  module.def("softmax_forward", &softmax_forward, release());
 }
 
 }  // namespace xattn

@@ -10,4 +10,16 @@ void linear_backward(const LinearProblem& problem, const LinearGradients& gradie
 void softmax_forward(const SoftmaxProblem& problem, const Call& call);
 void softmax_backward(const SoftmaxProblem& problem, const SoftmaxGradients& gradients, const Call& call);
 
+// Weights of a pyramid as tensors of one sample of any strides: of every level (hidden, channels), and the
+// classifier (outputs, hidden). They stand for those of a PyramidProblem, which are not read.
+struct PyramidWeights {
+  Dtype dtype;
+  Span<const View> levels;
+  View classifier;
+};
+// The output, z, its mean and squared deviations: what the problem has an address for.
+void pyramid_forward(const PyramidProblem& problem, const PyramidWeights& weights, const Call& call);
+// The output of a stored z.
+void pyramid_classify(const PyramidProblem& problem, const PyramidWeights& weights, const Call& call);
+
 }  // namespace xattn::cuda

@@ -1,0 +1,479 @@
+// Softmax cross-attention, forward, with online softmax: no score matrix in memory.
+//
+//   out_o[:, m] = sum_n p_mn v_n,   p_mn = exp(scale q_m . k_n - lse_m),   over the tokens n of all sources of o
+//
+// Plan: a block has a tile of an output's queries of one head and goes through the keys and values of its
+// sources where they are, tile by tile, the next one on its way. A warp has 16 or 32 queries. Its scores are the
+// result of a product and, as probabilities, the left operand of the next: they never leave its registers, nor do
+// its sums. Exponents are of base 2, with the scale folded in: 2^(c s - top). `top` is a maximum of scores so far;
+// for bfloat16, sums are scaled to a new one only when a score exceeds it by 2^8, as they have room for that.
+//
+// bfloat16 heads of usual widths have kernels of exactly these (multiples of 16). There narrow heads are bound by
+// exponentials, and every fourth one is a polynomial on the units of multiply-adds. All other widths have kernels
+// that skip what a head does not have; scores of wide heads are summed over chunks of channels where shared
+// memory does not hold all of them, and more values than registers have room for are groups, works of their own.
+#include <algorithm>
+
+#include "softmax.h"
+
+namespace xattn::cuda {
+namespace {
+
+// Offsets and sizes in bytes of shared memory, and what they stand for.
+struct Geometry {
+  int chunk, chunks;  // channels of queries and keys at a time
+  int values;         // channels of values in a group
+  int stages;         // tiles of keys and values: one is in use, the other on its way
+  int stage;          // bytes of one
+  int first;          // the first one, after queries if these stay
+  int values_at, queries_at;
+  int shared;
+};
+
+struct Arguments {
+  Table table;
+  Dtype dtype;
+  bool negative;                                     // scale
+  float scale;                                       // to base 2, without its sign
+  int queries, keys, values, outputs, sources, lse;  // in the table; a query for every output
+  int64_t batch, heads, channels, value_channels;    // of a head
+  int64_t groups, steps, works;
+  Geometry geometry;
+};
+
+// kChannels, kValues: padded widths of a head, or 0 and the most values of a group. kWarps warps have 16 kRowTiles
+// queries each, against kKeys keys at a time.
+template <class Products, int kChannelsOfPlan, int kValuesOfPlan, int kRowTilesOfPlan, int kKeysOfPlan,
+          int kBlocksOfPlan>
+struct Plan {
+  using P = Products;
+  static constexpr int kChannels = kChannelsOfPlan, kValues = kValuesOfPlan, kRowTiles = kRowTilesOfPlan,
+                       kKeys = kKeysOfPlan, kBlocks = kBlocksOfPlan;
+  static constexpr int kWarps = 4, kThreads = kWarp * kWarps, kTokens = 16 * kRowTiles * kWarps;
+  static constexpr bool kWhole = kChannels > 0;
+  // Whether queries stay in registers, as fragments.
+  static constexpr bool kKept = kWhole && kRowTiles * kChannels / 4 <= 48;
+  static constexpr bool kBalanced = kWhole && kChannels <= 48;
+};
+
+template <class Plan>
+class Block {
+ public:
+  using P = typename Plan::P;
+  using E = typename P::Element;
+  static constexpr int kRowTiles = Plan::kRowTiles, kKeys = Plan::kKeys, kTokens = Plan::kTokens;
+  static constexpr int kSteps = Plan::kWhole ? Plan::kChannels / 16 : 1;
+
+  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), geometry_(args.geometry) {
+    begin_ = work % args.steps * kTokens;
+    work /= args.steps;
+    Part part;
+    part.value = static_cast<int>(work % args.groups) * geometry_.values;
+    work /= args.groups;
+    part.head = work % args.heads;
+    work /= args.heads;
+    part.batch = work % args.batch;
+    part.output = work / args.batch;
+    part.values = least(args.value_channels - part.value, geometry_.values);
+    values_ = part.values;
+    if (thread_index() == 0) control().part = part;
+    member_ = static_cast<int>(args.table[args.sources + part.output]);
+    last_ = static_cast<int>(args.table[args.sources + part.output + 1]);
+    const View query = args.table.view(args.queries, part.output);
+    tokens_ = least(query.tokens - begin_, kTokens);
+    query_minor_ = is_token_minor(query);
+  }
+
+  XATTN_DEVICE void run() {
+    if (tokens_ <= 0) return;
+    sum_.clear();
+    for_rows([&](int m, int i) {
+      top_[m][i] = -kInfinity;
+      total_[m][i] = 0.0f;
+    });
+    sync_threads();
+    open();
+    if (member_ < last_) attend();
+    finish();
+  }
+
+ private:
+  // In shared memory: which part of the problem this is, and sources that are read now and next.
+  struct Part {
+    int64_t output, batch, head;
+    int value, values;
+  };
+  struct Control {
+    Part part;
+    struct {
+      Matrix<E> keys, values;
+    } source[2];
+  };
+  static_assert(sizeof(Control) <= kControl, "room in shared memory");
+  static XATTN_DEVICE Control& control() { return *reinterpret_cast<Control*>(shared_memory()); }
+
+  // What a step computes with.
+  struct Step {
+    int chunk, tokens;
+    bool key_minor, value_minor;
+  };
+
+  template <class T>
+  static XATTN_DEVICE T* shared(int offset) {
+    return reinterpret_cast<T*>(shared_memory() + kControl + offset);
+  }
+  XATTN_DEVICE int stage(int number) const { return geometry_.first + number % geometry_.stages * geometry_.stage; }
+  XATTN_DEVICE int chunk() const { return Plan::kWhole ? Plan::kChannels : geometry_.chunk; }
+  XATTN_DEVICE bool resident() const { return Plan::kWhole || geometry_.chunks == 1; }
+  XATTN_DEVICE int width() const { return Plan::kWhole ? Plan::kValues : padded_width(values_); }
+
+  XATTN_DEVICE Tile<E> queries(int number) const {
+    const int offset = resident() ? 0 : stage(number) + geometry_.queries_at;
+    return make_tile<P>(shared<E>(offset), query_minor_, chunk(), kTokens);
+  }
+  XATTN_DEVICE Tile<E> keys(int number, bool token_minor) const {
+    return make_tile<P>(shared<E>(stage(number)), token_minor, chunk(), kKeys);
+  }
+  XATTN_DEVICE Tile<E> values(int number, bool token_minor) const {
+    const int rows = Plan::kWhole ? Plan::kValues : geometry_.values;
+    return make_tile<P>(shared<E>(stage(number) + geometry_.values_at), token_minor, rows, kKeys);
+  }
+
+  // The next source that has tokens: to be read after a barrier.
+  XATTN_DEVICE void open() {
+    XATTN_KEEP_LOOP
+    for (; member_ < last_; ++member_) {
+      const int64_t source = args_.table[member_];
+      const View key = args_.table.view(args_.keys, source);
+      left_ = key.tokens;
+      if (left_ == 0) continue;
+      opened_ = !opened_;
+      if (thread_index() == 0) {
+        const Part& part = control().part;
+        auto& to = control().source[opened_];
+        to.keys.set(key, args_.dtype, part.batch, part.head * args_.channels);
+        to.values.set(args_.table.view(args_.values, source), args_.dtype, part.batch,
+                      part.head * args_.value_channels + part.value);
+      }
+      return;
+    }
+  }
+
+  XATTN_DEVICE void load_queries(int number) const {
+    const Part part = control().part;
+    Matrix<E> query;
+    query.set(args_.table.view(args_.queries, part.output), args_.dtype, part.batch, part.head * args_.channels);
+    const int channels = static_cast<int>(args_.channels);
+    if constexpr (Plan::kWhole) {
+      load_exact<Plan::kChannels, kTokens, Plan::kThreads>(query, begin_, channels, tokens_, queries(number));
+    } else {
+      const int channel = chunk_ * geometry_.chunk;
+      load_part<kTokens>(query, begin_, channel, least(channels - channel, geometry_.chunk), tokens_, queries(number));
+    }
+  }
+
+  // Starts to load what a step needs; on to the next chunk of channels, tile of tokens, or source.
+  XATTN_DEVICE Step load(int number) {
+    const auto& source = control().source[opened_];
+    const Matrix<E>& key = source.keys;
+    const Matrix<E>& value = source.values;
+    const int64_t token = key.view.tokens - left_;
+    const Step step{chunk_, least(left_, kKeys), key.access.token_minor, value.access.token_minor};
+    const Tile<E> key_tile = keys(number, step.key_minor), value_tile = values(number, step.value_minor);
+    const int channels = static_cast<int>(args_.channels);
+    if (resident() && number == 0) load_queries(number);
+    if constexpr (Plan::kWhole) {
+      load_exact<Plan::kChannels, kKeys, Plan::kThreads>(key, token, channels, step.tokens, key_tile);
+      load_exact<Plan::kValues, kKeys, Plan::kThreads>(value, token, values_, step.tokens, value_tile);
+    } else {
+      const int channel = chunk_ * geometry_.chunk;
+      load_part<kKeys>(key, token, channel, least(channels - channel, geometry_.chunk), step.tokens, key_tile);
+      if (!resident()) load_queries(number);
+      if (++chunk_ < geometry_.chunks) return step;
+      load_part<kKeys>(value, token, 0, values_, step.tokens, value_tile);
+      chunk_ = 0;
+    }
+    left_ -= kKeys;
+    if (left_ <= 0) {
+      ++member_;
+      open();
+    }
+    return step;
+  }
+
+  XATTN_DEVICE void attend() {
+    int loaded = 0, done = 0;
+    Step next{};
+    XATTN_KEEP_LOOP
+    while (member_ < last_ || done < loaded) {
+      const Step now = next;
+      const bool ready = done < loaded;
+      wait_copies<0>();
+      sync_threads();
+      if (member_ < last_ && loaded < done + geometry_.stages) {
+        next = load(loaded);
+        ++loaded;
+        commit_copies();
+      }
+      if (!ready) continue;
+      if constexpr (Plan::kKept) {
+        if (done == 0) keep_queries();
+      }
+      score(done, now);
+      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) {
+        normalise(now.tokens);
+        multiply_add<P>(sum_, scores_, values(done, now.value_minor).over_tokens(), 0, 0, width());
+      }
+      ++done;
+    }
+  }
+
+  XATTN_DEVICE void keep_queries() {
+    const Pieces pieces = left_pieces(queries(0).over_channels(), row());
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int k = 0; k < kSteps; ++k) pieces.load(kept_[k][m], m, k);
+    }
+  }
+
+  XATTN_DEVICE static int row() { return warp() * 16 * kRowTiles; }
+
+  XATTN_DEVICE void score(int number, const Step& now) {
+    const Operand<E> key = keys(number, now.key_minor).over_channels();
+    if constexpr (Plan::kWhole) {
+      const Pieces left = left_pieces(queries(0).over_channels(), row()), right = right_pieces(key, 0, 0);
+      scores_.clear();
+      XATTN_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        if constexpr (Plan::kKept) {
+          multiply_step(scores_, kept_[k], right, k);
+        } else {
+          uint32_t fragments[kRowTiles][4];
+          XATTN_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
+          multiply_step(scores_, fragments, right, k);
+        }
+      }
+    } else {
+      if (now.chunk == 0) scores_.clear();
+      const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
+      multiply_add<P>(scores_, queries(number).over_channels(), row(), key, 0, 0, padded_width(channels));
+    }
+  }
+
+  // Scores to probabilities, not yet divided by their sum.
+  XATTN_DEVICE void normalise(int tokens) {
+    if (args_.negative) for_scores([](float& s, int, int, int) { s = -s; });
+    if (tokens < kKeys) for_scores([=](float& s, int, int, int column) { s = column < tokens ? s : -kInfinity; });
+    constexpr float kRoom = P::kExact ? 0.0f : 8.0f;
+    float most[kRowTiles][2];
+    bool exceeded = false;
+    for_rows([&](int m, int i) { most[m][i] = -kInfinity; });
+    for_scores([&](float& s, int m, int i, int) { most[m][i] = larger(most[m][i], s); });
+    for_rows([&](int m, int i) {
+      most[m][i] = larger(most[m][i], shuffle_xor(most[m][i], 1));
+      most[m][i] = larger(most[m][i], shuffle_xor(most[m][i], 2)) * args_.scale;
+      exceeded = exceeded || most[m][i] > top_[m][i] + kRoom;
+    });
+    if (any(exceeded)) {
+      for_rows([&](int m, int i) {
+        most[m][i] = larger(most[m][i], top_[m][i]);
+        const float factor = top_[m][i] < most[m][i] ? exp2_approximate(top_[m][i] - most[m][i]) : 1.0f;
+        top_[m][i] = most[m][i];
+        total_[m][i] *= factor;
+        XATTN_UNROLL
+        for (int n = 0; n < Plan::kValues / 8; ++n) {
+          sum_.v[m][n][2 * i] *= factor;
+          sum_.v[m][n][2 * i + 1] *= factor;
+        }
+      });
+    }
+    const float scale = args_.scale;
+    float shift[kRowTiles][2];
+    for_rows([&](int m, int i) { shift[m][i] = top_[m][i] == -kInfinity ? 0.0f : top_[m][i]; });
+    int count = 0;
+    for_scores([&](float& s, int m, int i, int) {
+      const float x = fused_multiply_add(s, scale, -shift[m][i]);
+      s = Plan::kBalanced && count++ % 4 == 3 ? exp2_polynomial(x) : exp2_approximate(x);
+      total_[m][i] += s;
+    });
+  }
+
+  // Of this lane: rows, halves i of their tiles m; and scores, with the numbers of their keys.
+  template <class Body>
+  static XATTN_DEVICE void for_rows(const Body& body) {
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int i = 0; i < 2; ++i) body(m, i);
+    }
+  }
+  template <class Body>
+  XATTN_DEVICE void for_scores(const Body& body) {
+    const int t = lane() % 4;
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int n = 0; n < kKeys / 8; ++n) {
+        XATTN_UNROLL
+        for (int i = 0; i < 4; ++i) body(scores_.v[m][n][i], m, i / 2, 8 * n + 2 * t + i % 2);
+      }
+    }
+  }
+
+  XATTN_DEVICE void finish() {
+    sync_threads();
+    const Part part = control().part;
+    const View output = args_.table.view(args_.outputs, part.output);
+    float* lse = reinterpret_cast<float*>(args_.table[args_.lse + part.output]) +
+                 (part.batch * args_.heads + part.head) * output.tokens + begin_;
+    for_rows([&](int m, int i) {
+      total_[m][i] += shuffle_xor(total_[m][i], 1);
+      total_[m][i] += shuffle_xor(total_[m][i], 2);
+      const int token = row() + 16 * m + 8 * i + lane() / 4;
+      if (part.value == 0 && lane() % 4 == 0 && token < tokens_)
+        lse[token] = total_[m][i] == 0.0f ? -kInfinity : (top_[m][i] + log2_approximate(total_[m][i])) * kLn2;
+      const float divisor = total_[m][i] == 0.0f ? 1.0f : total_[m][i];
+      XATTN_UNROLL
+      for (int n = 0; n < Plan::kValues / 8; ++n) {
+        sum_.v[m][n][2 * i] /= divisor;
+        sum_.v[m][n][2 * i + 1] /= divisor;
+      }
+    });
+    store_rows<P, kTokens>(sum_, output, args_.dtype, part.batch, part.head * args_.value_channels + part.value,
+                           part.values, begin_);
+  }
+
+  const Arguments& args_;
+  const Geometry& geometry_;
+  int64_t begin_, left_ = 0;  // tokens of a source, of which none is loaded yet
+  int member_, last_, chunk_ = 0, values_, tokens_;
+  bool query_minor_, opened_ = false;
+  uint32_t kept_[kSteps][kRowTiles][4];  // queries
+  Accumulator<kRowTiles, kKeys / 8> scores_;
+  Accumulator<kRowTiles, Plan::kValues / 8> sum_;
+  float top_[kRowTiles][2], total_[kRowTiles][2];
+};
+
+template <class Plan>
+XATTN_KERNEL(Plan::kThreads, Plan::kBlocks)
+forward_kernel(XATTN_PARAMETER Arguments args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+}
+
+template <class Plan>
+Geometry geometry(int channels, int values, int chunk, int stages) {
+  using P = typename Plan::P;
+  constexpr int kBytes = static_cast<int>(sizeof(typename P::Element));
+  Geometry g{chunk, (channels + chunk - 1) / chunk, values, stages, 0, 0, 0, 0, 0};
+  const int queries = tile_elements<P>(chunk, Plan::kTokens) * kBytes;
+  g.values_at = tile_elements<P>(chunk, Plan::kKeys) * kBytes;
+  g.queries_at = g.values_at + tile_elements<P>(values, Plan::kKeys) * kBytes;
+  g.stage = g.queries_at + (g.chunks > 1 ? queries : 0);
+  g.first = g.chunks > 1 ? 0 : queries;
+  g.shared = kControl + std::max(g.first + stages * g.stage, tile_elements<P>(values, Plan::kTokens) * kBytes);
+  return g;
+}
+
+// All channels at once if they fit, in two stages if these do.
+template <class Plan>
+Geometry choose_geometry(int channels, int values, int shared_bytes) {
+  Geometry last{};
+  for (const int chunk : {channels, 96, 64, 32}) {
+    if (chunk > channels || (Plan::kWhole && chunk != channels)) continue;
+    for (const int stages : {2, 1}) {
+      last = geometry<Plan>(channels, values, chunk, stages);
+      if (last.shared <= shared_bytes) return last;
+    }
+  }
+  return last;
+}
+
+template <class Plan>
+void start(Arguments args, int64_t outputs, int64_t longest, Stream stream) {
+  const int channels = padded_width(args.channels), values = padded_width(args.value_channels);
+  args.groups = (values + Plan::kValues - 1) / Plan::kValues;
+  args.steps = (longest + Plan::kTokens - 1) / Plan::kTokens;
+  args.works = outputs * args.batch * args.heads * args.groups * args.steps;
+  args.geometry =
+      choose_geometry<Plan>(channels, padded_width((values + args.groups - 1) / args.groups), limits().shared_bytes);
+  launch(forward_kernel<Plan>, "softmax_forward", args.works, Plan::kThreads, static_cast<size_t>(args.geometry.shared),
+         stream, args);
+}
+
+template <int kWidth, int kRowTiles, int kKeys, int kBlocks>
+using Whole = Plan<BFloat16Products, kWidth, kWidth, kRowTiles, kKeys, kBlocks>;
+
+void start_bfloat16(const Arguments& args, int64_t outputs, int64_t longest, Stream stream) {
+  const int channels = padded_width(args.channels), values = padded_width(args.value_channels);
+  switch (channels == values ? channels : 0) {
+    case 32:
+      return start<Whole<32, 2, 64, 3>>(args, outputs, longest, stream);
+    case 48:
+      return start<Whole<48, 2, 64, 2>>(args, outputs, longest, stream);
+    case 64:
+      return start<Whole<64, 2, 64, 2>>(args, outputs, longest, stream);
+    case 80:
+      return start<Whole<80, 2, 32, 2>>(args, outputs, longest, stream);
+    case 96:
+      return start<Whole<96, 2, 32, 2>>(args, outputs, longest, stream);
+    case 128:
+      return start<Whole<128, 2, 32, 2>>(args, outputs, longest, stream);
+    case 144:
+      return start<Whole<144, 2, 32, 2>>(args, outputs, longest, stream);
+    case 192:
+      return start<Whole<192, 1, 32, 2>>(args, outputs, longest, stream);
+    case 288:
+      return start<Whole<288, 1, 32, 2>>(args, outputs, longest, stream);
+    default:
+      return start<Plan<BFloat16Products, 0, 192, 1, 32, 2>>(args, outputs, longest, stream);
+  }
+}
+
+}  // namespace
+
+void softmax_forward(const SoftmaxProblem& problem, const Call& call) {
+  const DeviceGuard guard(call.device);
+  Scratch scratch;
+  TableBuilder table;
+  std::vector<View> queries;
+  std::vector<std::vector<int64_t>> sources;
+  int64_t longest = 0;
+  for (int64_t output = 0; output < problem.outputs.size; ++output) {
+    queries.push_back(problem.queries[problem.edges.query_of(output)]);
+    longest = std::max(longest, problem.outputs[output].tokens);
+    sources.emplace_back();
+    for (int64_t e = problem.edges.output_begin[output]; e < problem.edges.output_begin[output + 1]; ++e)
+      sources.back().push_back(problem.edges.all[e].source);
+  }
+  Arguments args{};
+  args.dtype = problem.dtype;
+  args.negative = problem.scale < 0;
+  args.scale = static_cast<float>(std::max(std::abs(problem.scale) * 1.4426950408889634, 1.2e-38));
+  args.queries = table.add({queries.data(), problem.outputs.size});
+  args.keys = table.add(problem.keys);
+  args.values = table.add(problem.values);
+  args.outputs = table.add(problem.outputs);
+  args.sources = table.add_lists(sources);
+  std::vector<int64_t> lse;
+  for (int64_t output = 0; output < problem.outputs.size; ++output)
+    lse.push_back(reinterpret_cast<int64_t>(problem.lse[output]));
+  args.lse = table.add(lse);
+  args.batch = problem.batch;
+  args.heads = problem.heads;
+  args.channels = problem.channels / problem.heads;
+  args.value_channels = problem.value_channels / problem.heads;
+  table.reserve(scratch);
+  scratch.allocate(call);
+  args.table = table.finish(scratch, call.stream);
+  if (problem.dtype == Dtype::kBFloat16)
+    start_bfloat16(args, problem.outputs.size, longest, call.stream);
+  else if (problem.dtype == Dtype::kFloat16 || call.tf32)
+    start<Plan<Tf32Products, 0, 96, 1, 32, 2>>(args, problem.outputs.size, longest, call.stream);
+  else
+    start<Plan<IeeeProducts, 0, 96, 1, 32, 2>>(args, problem.outputs.size, longest, call.stream);
+}
+
+}  // namespace xattn::cuda
