@@ -166,6 +166,8 @@ def test_every_barrier_and_every_wait_is_needed(module: Path) -> None:
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_seen(bug: Bug) -> None:
+    if bug.words == "misaligned address" and build.is_clang():
+        pytest.skip("clang does not check the addresses of structs that are copied")
     module = build.build(changes={bug.file: (bug.old, bug.new)}, only=(bug.source,))
     done = start(module, "result", *bug.problems)
     assert "right" not in done.stdout

@@ -4,6 +4,7 @@ By hand, with pytest's own arguments after the file::
 
     python tests/cuda/twin/run.py tests/cuda/on_host/linear.py -k widths
     python tests/cuda/twin/run.py --asan 0 tests/cuda/on_host/linear.py
+    python tests/cuda/twin/run.py --lenient ...    # without sources that do not compile
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("--asan", type=int, default=1, choices=(0, 1))
+    parser.add_argument("--lenient", action="store_true")
     options, arguments = parser.parse_known_args()
     asan = bool(options.asan)
-    return run(build.build(asan=asan), arguments, asan, capture=False).returncode
+    module = build.build(asan=asan, lenient=options.lenient)
+    return run(module, arguments, asan, capture=False).returncode
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ XATTN_DEVICE void map(const Arguments& args, const F& f) {
 XATTN_KERNEL(32, 1) bfloat16_kernel(XATTN_PARAMETER Arguments args) {
   map(args, [](float x) { return pack_bfloat16(x, -x); });
 }
+XATTN_KERNEL(32, 1) bfloat16_relu_kernel(XATTN_PARAMETER Arguments args) {
+  map(args, [](float x) { return pack_bfloat16_relu(x, -x); });
+}
 XATTN_KERNEL(32, 1) float16_kernel(XATTN_PARAMETER Arguments args) {
   map(args, [](float x) { return static_cast<uint32_t>(float_to_float16(x)); });
 }
@@ -254,15 +257,12 @@ XATTN_KERNEL(32, 1) read_shared_kernel(XATTN_PARAMETER Arguments args) {
 }
 XATTN_KERNEL(32, 1) write_shared_kernel(XATTN_PARAMETER Arguments args) { shared<float>()[args.number] = 1.0f; }
 
-// Four floats at once from the float `number`.
-struct alignas(16) Vector {
-  float x[4];
-};
-XATTN_KERNEL(32, 1) read_vector_kernel(XATTN_PARAMETER Arguments args) {
-  args.d_as<Vector>()[0] = *reinterpret_cast<const Vector*>(args.a_as<float>() + args.number);
+// Eight bytes at once from the float `number`.
+XATTN_KERNEL(32, 1) read_double_kernel(XATTN_PARAMETER Arguments args) {
+  args.d_as<double>()[0] = *reinterpret_cast<const double*>(args.a_as<float>() + args.number);
 }
-XATTN_KERNEL(32, 1) write_vector_kernel(XATTN_PARAMETER Arguments args) {
-  *reinterpret_cast<Vector*>(args.d_as<float>() + args.number) = args.a_as<Vector>()[0];
+XATTN_KERNEL(32, 1) write_double_kernel(XATTN_PARAMETER Arguments args) {
+  *reinterpret_cast<double*>(args.d_as<float>() + args.number) = args.a_as<double>()[0];
 }
 
 // Takes `number` times some of a thread's stack.
@@ -300,6 +300,7 @@ const Kernel kKernels[] = {
     KERNEL(load),
     KERNEL(multiply),
     KERNEL(bfloat16),
+    KERNEL(bfloat16_relu),
     KERNEL(float16),
     KERNEL(tf32),
     KERNEL(exp2),
@@ -334,8 +335,8 @@ const Kernel kKernels[] = {
     KERNEL(write_global),
     KERNEL(read_shared),
     KERNEL(write_shared),
-    KERNEL(read_vector),
-    KERNEL(write_vector),
+    KERNEL(read_double),
+    KERNEL(write_double),
     KERNEL(deep),
     KERNEL(products),
     KERNEL(barriers),
