@@ -188,14 +188,14 @@ class Block {
     return make_tile<P>(shared<E>(geometry_.gradients) + item % 2 * size, access.token_minor, geometry_.step,
                         geometry_.tokens);
   }
-  // Operand and Z of a member.
+  // Operand and Z of a member. While Z of one comes, some threads may be at the one before the last.
   XATTN_DEVICE E* state(int member, int chunk, int item) const {
     const int row =
         geometry_.members > 0 ? member * geometry_.values + chunk * geometry_.step : item % 2 * geometry_.step;
     return shared<E>(geometry_.states) + row * row_stride<P>(geometry_.rows);
   }
   XATTN_DEVICE float* z(int tile, int member) const {
-    const int place = geometry_.members > 0 ? member : (tile * members_ + member) % 2;
+    const int place = geometry_.members > 0 ? member : (tile * members_ + member) % 3;
     return shared<float>(geometry_.z) + place * geometry_.rows;
   }
   XATTN_DEVICE int depth(int chunk) const {
@@ -417,7 +417,7 @@ Geometry geometry(const QueryGradients& problem, int columns, int token_warps, i
   g.members = members;
   g.stages = stages;
   g.z = (members > 0 ? members * g.values : 2 * g.step) * row_stride<P>(g.rows) * kBytes;
-  g.gradients = g.z + (members > 0 ? members : 2) * g.rows * kFloat;
+  g.gradients = g.z + (members > 0 ? members : 3) * g.rows * kFloat;
   g.queries = g.gradients + 2 * tile_elements<P>(g.step, g.tokens) * kBytes;
   g.sums = g.queries + stages * tile_elements<P>(g.channels, g.tokens) * kBytes;
   g.shared = g.sums + 2 * (g.row_warps + 1) * g.tokens * kFloat;
