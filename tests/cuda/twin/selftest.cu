@@ -266,13 +266,14 @@ XATTN_KERNEL(32, 1) write_double_kernel(XATTN_PARAMETER Arguments args) {
 }
 
 // Takes `number` times some of a thread's stack.
-int deep(int64_t number) {
+int deep(int64_t number, const volatile int* above) {
   volatile int here[256];
-  here[0] = static_cast<int>(number);
-  return number > 0 ? deep(number - 1) + here[0] : 0;
+  here[number % 256] = above[number % 256];
+  return number > 0 ? deep(number - 1, here) + here[number % 256] : 0;
 }
 XATTN_KERNEL(32, 1) deep_kernel(XATTN_PARAMETER Arguments args) {
-  args.d_as<int>()[thread_index()] = deep(args.number);
+  const volatile int top[256] = {};
+  args.d_as<int>()[thread_index()] = deep(args.number, top);
 }
 
 // For how long they take.
