@@ -5,6 +5,8 @@ VENV ?= .venv
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
 IMAGE ?=
+ENGINE ?= all
+MODULE ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,7 +28,7 @@ help:
 	@echo "make format    reformat Python and C++"
 	@echo "make bench     speed and memory side by side, in 3 minutes; a page in out/bench/quick"
 	@echo "make bench-full  the same for everything, in half an hour; a page in out/bench/full"
-	@echo "make gpu-check OUT=dir  the GPU engines on this machine's GPU, with its own python"
+	@echo "make gpu-check OUT=dir  the GPU engines on this machine's GPU, with its own python [ENGINE=cuda]"
 	@echo "make expected-tests    write tests/expected_tests.json anew"
 
 setup: $(INSTALLED)
@@ -75,4 +77,4 @@ bench-full: setup
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "OUT: expected a folder, as in make gpu-check OUT=out/gpu"; exit 2; }
-	$(PYTHON) -m benchmarks.gpu_check '$(OUT)'
+	$(PYTHON) -m benchmarks.gpu_check '$(OUT)' --engine $(ENGINE) $(if $(MODULE),--module '$(MODULE)')

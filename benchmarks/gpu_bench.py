@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import xattn_kernels as xk
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing import compositions
-from xattn_kernels.testing.cases import Case
+from xattn_kernels.testing.cases import LAYOUTS, Case
 from xattn_kernels.testing.device import device_interleaved, graphed
 from xattn_kernels.testing.measure import tensor_bytes
 
@@ -67,19 +67,20 @@ def close(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], allowe
             raise AssertionError(f"{what}, {i}: relative L2 error {error:.1e}, allowed {allowed}")
 
 
-def block_calls(scale: Scale) -> tuple[Call, OpByOpSet, list[Tensor]]:
-    """The cross-attentions of a scale: ours, checked; op by op, and its features."""
+def block_calls(scale: Scale, engine: str | None = None) -> tuple[Call, OpByOpSet, list[Tensor]]:
+    """The cross-attentions of a scale: an engine's, checked; op by op, and its features."""
+    engine = engine or gpu_problems.ENGINE
     model = OpByOpSet(scale.width)
     weight, bias = (x.to(DEVICE, DTYPE) for x in model.folded())
     model = model.to(DEVICE, DTYPE)
     features = [x.to(DEVICE, DTYPE) for x in scale.features(BATCH)]
     out = [torch.empty_like(features[edge.query]) for edge in SCHEDULE.edges]
-    with xk.backend(gpu_problems.ENGINE):
+    with xk.backend(engine):
         packed = xk.pack_block_weights(weight, bias)
 
     @torch.no_grad()
     def ours() -> None:
-        with xk.backend(gpu_problems.ENGINE):
+        with xk.backend(engine):
             xk.cross_attention_block(features, weight, bias, SCHEDULE, packed=packed, out=out)
 
     ours()
@@ -103,22 +104,26 @@ def launches_of(call: Call) -> int:
 
 @torch.no_grad()
 def cam(report: Report, device: str, _: str) -> None:
-    """CTAM and CSAM in inference against op by op."""
-    total = {"fused": 0.0, "op by op": 0.0}
+    """CTAM and CSAM in inference against op by op, and against other engines."""
+    rivals = gpu_problems.rivals()
+    total = dict.fromkeys(("fused", "op by op", *rivals), 0.0)
     for number in SCALES:
         scale = Scale(number)
         ours, model, features = block_calls(scale)
         calls = {"fused": ours, "op by op": lambda m=model, x=features: m(x)}
+        calls |= {name: block_calls(scale, engine)[0] for name, engine in rivals.items()}
         found = medians(calls)
         launches = launches_of(ours)
         row = {f"{name} ms": 1e3 * seconds for name, seconds in found.items()}
         report.add(scale=str(scale), **row, launches=launches)
-        total["fused"] += min(found["fused"], found["fused, graph"])
+        for way in ("fused", *rivals):
+            total[way] += min(found[way], found[f"{way}, graph"])
         total["op by op"] += found["op by op"]
         if number == 0:
             report.bar("kernel launches for one CTAM in inference", launches)
     name = "CTAM CAM set, four scales"
-    report.bar(f"{name}, op by op / fused", total["op by op"] / total["fused"])
+    for way in ("op by op", *rivals):
+        report.bar(f"{name}, {way} / fused", total[way] / total["fused"])
     report.bar(f"{name}, share of the 0.2 ms roofline", 100 * ROOFLINE_S / total["fused"])
     seconds = sum(_cross_scale(number) for number in SCALES[:-1])
     report.add(scale="CSAM", fused_ms=1e3 * seconds)
@@ -241,12 +246,19 @@ def _inputs(case: Case) -> list[Tensor]:
     return [x.to(DEVICE) for group in case.tensors(DTYPE) for x in group]
 
 
-def _core_steps(number: int) -> tuple[Call, Callable[..., list[Tensor]], Callable[..., Call], int]:
-    """Forward and backward of the linear core: ours; op by op, what makes a step of it, bytes."""
-    case = _core(number)
-    inputs = [x.requires_grad_() for x in _inputs(case)]
+#: How the linear core's tensors lie in memory, by what torch calls that.
+MEMORY = {"NCHW": LAYOUTS["contiguous"], "channels_last": LAYOUTS["token_major"]}
+
+
+def _core_steps(
+    number: int, memory: str = "NCHW"
+) -> tuple[dict[str, Call], Callable[..., list[Tensor]], Callable[..., Call], int]:
+    """Forward and backward of the linear core: ours and that of other engines by name; op by op,
+    what makes a step of it, bytes."""
+    case, layout = _core(number), MEMORY[memory]
+    inputs = [layout(x).requires_grad_() for x in _inputs(case)]
     shape = (BATCH, case.channels, case.query_tokens[0])
-    grads = [torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in SCHEDULE.edges]
+    grads = [layout(torch.randn(shape, device=DEVICE, dtype=DTYPE)) for _ in SCHEDULE.edges]
 
     def step(run: Callable[..., list[Tensor]]) -> Call:
         return lambda: torch.autograd.grad(run(*inputs), inputs, grads)
@@ -254,28 +266,33 @@ def _core_steps(number: int) -> tuple[Call, Callable[..., list[Tensor]], Callabl
     def op_by_op(*x: Tensor) -> list[Tensor]:
         return compositions.linear_cross_attention(*split(case, x), case.schedule)[0]
 
-    def ours(*x: Tensor) -> list[Tensor]:
-        return linear(case, x)[: len(grads)]
+    def by(engine: str) -> Callable[..., list[Tensor]]:
+        return lambda *x: linear(case, x, engine)[: len(grads)]
 
-    close(f"linear core, scale {number}", ours(*inputs), op_by_op(*inputs), 0.02)
+    ways = {"fused": by(gpu_problems.ENGINE)}
+    ways |= {name: by(engine) for name, engine in gpu_problems.rivals().items()}
+    for name, run in ways.items():
+        close(f"linear core, scale {number}, {name}", run(*inputs), op_by_op(*inputs), 0.02)
     # Forward reads q, k, v and writes the outputs; backward reads q, k, v and the outputs'
     # gradients and writes those of q, k, v.
     slots = 3 * len(TASKS)
     moved = 2 * inputs[0].numel() * (slots + len(grads) + slots + len(grads) + slots)
-    return step(ours), op_by_op, step, moved
+    return {name: step(run) for name, run in ways.items()}, op_by_op, step, moved
 
 
 def linear_core(report: Report, device: str, _: str) -> None:
     """The linear core, forward and backward, against op by op and the memory floor."""
-    for number in SCALES:
-        ours, op_by_op, step, moved = _core_steps(number)
-        found = best({"fused": ours, "op by op": step(op_by_op)}, graph=False)
+    for number, memory in [(0, "channels_last"), *((number, "NCHW") for number in SCALES)]:
+        ways, op_by_op, step, moved = _core_steps(number, memory)
+        found = best({**ways, "op by op": step(op_by_op)}, graph=False)
         row = {f"{name}_ms": 1e3 * seconds for name, seconds in found.items()}
         floor = 100 * moved / BANDWIDTH / found["fused"]
-        report.add(scale=str(Scale(number)), **row, of_memory_floor=floor)
+        report.add(scale=str(Scale(number)), memory=memory, **row, of_memory_floor=floor)
+        name = "linear core, forward + backward, scale 0"
         if number == 0:
-            name = "linear core, forward + backward, scale 0, share of the memory floor"
-            report.bar(name, floor)
+            report.bar(f"{name}, {memory}, share of the memory floor", floor)
+        if number == 0 and memory == "NCHW":
+            report.bar(f"{name}, share of the memory floor", floor)
 
 
 BACKENDS = (
@@ -293,6 +310,8 @@ def softmax_core(report: Report, device: str, _: str) -> None:
         case = _core(number, tokens)
         inputs = _inputs(case)
         calls: dict[str, Call] = {"fused": lambda case=case, x=inputs: softmax(case, x)}
+        for name, engine in gpu_problems.rivals().items():
+            calls[name] = lambda case=case, x=inputs, engine=engine: softmax(case, x, engine)
         expected = softmax(case, inputs)[: len(SCHEDULE.edges)]
         heads = [x.transpose(1, 2).unsqueeze(1).contiguous() for x in inputs]
         query, key, value = split(case, heads)
@@ -324,7 +343,8 @@ def softmax_core(report: Report, device: str, _: str) -> None:
             N=case.query_tokens[0],
             **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()},
         )
-        others = [seconds for name, seconds in times.items() if name != "fused"]
+        ours = ("fused", *gpu_problems.rivals())
+        others = [seconds for name, seconds in times.items() if name not in ours]
         if others:
             where = f"C={case.channels}" + (f", N={tokens}" if tokens else "")
             name = f"softmax core, {where}, best of torch's SDPA / fused"
@@ -332,7 +352,7 @@ def softmax_core(report: Report, device: str, _: str) -> None:
 
 
 def head(report: Report, device: str, _: str) -> None:
-    """The aggregation head: inference, and forward and backward with batch statistics."""
+    """The aggregation head: inference; forward and backward with batch statistics, if there."""
     sizes = [Scale(number).shape for number in SCALES]
     for outputs in (40, 1):
         problem = Head((144, 216, 288, 288), sizes, 1080, outputs, batch=BATCH)
@@ -341,22 +361,31 @@ def head(report: Report, device: str, _: str) -> None:
         with torch.no_grad():
             expected = problem.run(flat, False, project)
             close("head", [problem.run(flat, False)], [expected], 0.02)
+
+        def infer(given: Any = None, engine: str | None = None) -> Tensor:
+            with torch.no_grad():
+                return problem.run(flat, False, given, engine)
+
+        calls: dict[str, Call] = {"fused": infer, "op by op": lambda: infer(project)}
+        for name, engine in gpu_problems.rivals().items():
+            calls[name] = lambda engine=engine: infer(None, engine)
+        _add_head(report, "inference", outputs, best(calls))
+        if not gpu_problems.has_backward("pyramid"):
+            continue
         leaves = [x.requires_grad_() for x in flat]
         grad = torch.randn_like(expected)
-
-        def infer(given: Any = None) -> Tensor:
-            with torch.no_grad():
-                return problem.run(flat, False, given)
 
         def step(given: Any = None) -> tuple[Tensor, ...]:
             return torch.autograd.grad(problem.run(leaves, True, given), leaves, grad)
 
         close("gradients", step()[:4], step(project)[:4], 0.1)
-        inference = best({"fused": infer, "op by op": lambda: infer(project)})
         trained = best({"fused": step, "op by op": lambda: step(project)}, graph=False)
-        for name, found in (("inference", inference), ("training", trained)):
-            row = {f"{way}_ms": 1e3 * seconds for way, seconds in found.items()}
-            report.add(head=name, outputs=outputs, **row, gain=found["op by op"] / found["fused"])
+        _add_head(report, "training", outputs, trained)
+
+
+def _add_head(report: Report, name: str, outputs: int, found: Mapping[str, float]) -> None:
+    row = {f"{way}_ms": 1e3 * seconds for way, seconds in found.items()}
+    report.add(head=name, outputs=outputs, **row, gain=found["op by op"] / found["fused"])
 
 
 # Against torch.compile, which takes its time.
@@ -386,8 +415,9 @@ def compiled_cam(report: Report, device: str, _: str) -> None:
 
 def compiled_linear(report: Report, device: str, _: str) -> None:
     """The linear core, forward and backward, at scale 0."""
-    ours, op_by_op, step, _moved = _core_steps(0)
-    found = best({"fused": ours, "compiled": step(_compiled(op_by_op))}, graph=False)
+    ways, op_by_op, step, _moved = _core_steps(0)
+    calls = {"fused": ways["fused"], "compiled": step(_compiled(op_by_op))}
+    found = best(calls, graph=False)
     report.add(**{f"{name}_ms": 1e3 * seconds for name, seconds in found.items()})
     name = "linear core, forward + backward, torch.compile / fused"
     report.bar(name, found["compiled"] / found["fused"])

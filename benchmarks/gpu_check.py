@@ -1,23 +1,29 @@
-"""One command for a machine with a GPU: correctness of the Triton engine, then its speed.
+"""One command for a machine with a GPU: correctness of the engines for it, then their speed.
 
-    python -m benchmarks.gpu_check OUT
+    python -m benchmarks.gpu_check OUT --engine cuda
 
-Needs no network and nothing but torch, Triton and this repository. Every step runs in a process of
-its own, the most important ones first, and writes ``OUT/<step>.json`` and ``OUT/<step>.log``; after
-each, ``OUT/summary.json`` and ``OUT/table.txt`` are written anew, so that a run that is cut off
-leaves what it has. It ends in under nine minutes. Every promise of `benchmarks.gpu_bars` is listed,
-measured or not. What benchmarks found is in ``OUT/results.json`` as well, which ``python -m
+Needs no network and nothing but torch, this repository and, for the engine, Triton or nvcc. Every
+step runs in a process of its own, the most important ones first, and writes ``OUT/<step>.json`` and
+``OUT/<step>.log``; after each, ``OUT/summary.json`` and ``OUT/table.txt`` are written anew, so that
+a run that is cut off leaves what it has. It ends in under nine minutes; both engines are more than
+fits well, so that two runs, one for each, find more. Every promise of `benchmarks.gpu_bars` is
+listed, measured or not. What benchmarks found is in ``OUT/results.json`` as well, which ``python -m
 benchmarks.readme`` takes for the record, and ``OUT/suites`` has the suites that run on a GPU (both
-need rich).
+need rich). ``python -m xattn_kernels.measured OUT/summary.json`` takes the times of the step
+``engines`` into the table that ``auto`` chooses by.
 
-``--device cpu`` runs the steps that need no GPU in Triton's interpreter (TRITON_INTERPRET=1).
+The CUDA module is built first, for the GPU at hand (`benchmarks.gpu_module`); ``--module FILE``
+gives one that is built. ``--device cpu`` runs the steps that need no GPU, Triton's in its
+interpreter (TRITON_INTERPRET=1), and those of ``cuda`` with a module built for the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,15 +33,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import gpu_module
 from .core import PRESETS, Result
 from .gpu_bars import BARS
+from .gpu_module import ROOT
+from .gpu_problems import NAMES, OPERATORS
 
-ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 520.0
 
 
 class Step(NamedTuple):
-    """A function of `benchmarks.gpu_steps` or `benchmarks.gpu_bench` and its argument."""
+    """A function of one of `FUNCTIONS` and its argument."""
 
     name: str
     function: str
@@ -46,39 +54,108 @@ class Step(NamedTuple):
     """What the process is run under; without a function, what is run."""
     suite: str = ""
     """The suite of `benchmarks.suites` that asks the same questions on the CPU."""
+    engine: str = "triton"
+    about: tuple[str, str] | None = None
+    """The operator and element type that a step of correctness judges."""
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def stages() -> list[list[Step]]:
-    """Steps in order; those of one stage run side by side (they mostly compile)."""
-    correct = [
-        Step(f"correct_{op}_{dtype}", f"correct_{op}", dtype, 120.0, needs_gpu=False)
-        for dtype in ("bfloat16", "float16", "float32")
-        for op in ("block", "linear", "softmax", "training", "pyramid")
-    ]
-    races = [
-        Step("repeats", "repeats", limit_s=120.0),
-        Step("graphs", "graphs", limit_s=120.0),
-        Step("widths_tf32", "tf32", limit_s=120.0),
-    ]
-    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-    suites = ["-m", "benchmarks", "--preset", "gpu", "--engine", "triton", "--out", "{out}/suites"]
-    # What counts operations does so on the CPU, where the engine is not.
-    suites += ["--only", *(name for name in PRESETS["gpu"].suites if name != "complexity")]
-    measured = [
-        Step("bench_cam", "cam", limit_s=60.0, suite="cam"),
-        Step("bench_training", "training", limit_s=60.0, suite="recompute"),
-        Step("bench_linear", "linear_core", limit_s=40.0, suite="linear"),
-        Step("bench_softmax", "softmax_core", limit_s=70.0, suite="softmax"),
-        Step("bench_compiled_cam", "compiled_cam", limit_s=110.0, suite="cam"),
-        Step("bench_compiled_linear", "compiled_linear", limit_s=50.0, suite="linear"),
-        Step("bench_compiled_training", "compiled_training", limit_s=110.0, suite="recompute"),
-        Step("bench_head", "head", limit_s=50.0, suite="head"),
-        Step("sanitizer", "sanitized", limit_s=60.0, command=sanitizer),
-        Step("suites", "", limit_s=100.0, command=(sys.executable, *suites)),
-        Step("build", "build", limit_s=60.0, needs_gpu=False),
-    ]
+#: Modules that have the functions of steps.
+FUNCTIONS = ("gpu_steps", "gpu_bench", "gpu_engines", "gpu_module")
+ENGINES = ("cuda", "triton")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def stages(engine: str = "all") -> list[list[Step]]:
+    """Steps in order; those of one stage run side by side (they mostly compile).
+
+    Args:
+        engine: one of `ENGINES`, or "all".
+    """
+    chosen = [name for name in ENGINES if engine in (name, "all")]
     environment = Step("environment", "environment", limit_s=60.0, needs_gpu=False)
-    return [[environment], [*correct, *races], *([step] for step in measured)]
+    found = [[environment]]
+    if "cuda" in chosen:
+        found.append([Step("module", "module", limit_s=150.0, engine="cuda")])
+    found += [_correctness(name) for name in chosen]
+    measured = [_measured(name) for name in chosen]
+    found += [[step] for steps in measured for step in steps[:4]]
+    if "cuda" in chosen:
+        found.append(_sanitizers("cuda"))
+    found.append([Step("engines", "engines", limit_s=110.0, engine=chosen[0])])
+    found += [[step] for steps in measured for step in steps[4:]]
+    if "triton" in chosen:
+        found.append(_sanitizers("triton")[:1])
+    found += [[_suites(name)] for name in chosen]
+    return [*found, [Step("package", "package", limit_s=100.0, needs_gpu=False)]]
+
+
+def _correctness(engine: str) -> list[Step]:
+    """Of all operators in all types, and what does not depend on them, the slowest first."""
+    found = [
+        Step(
+            f"{engine}_correct_{op}_{dtype}",
+            f"correct_{op}",
+            dtype,
+            120.0,
+            needs_gpu=False,
+            engine=engine,
+            about=(op, dtype),
+        )
+        for dtype in ("bfloat16", "float16", "float32")
+        for op in OPERATORS[engine]
+    ]
+    races = {"repeats": "repeats", "graphs": "graphs", "offsets": "offsets", "widths_tf32": "tf32"}
+    return found + [
+        Step(f"{engine}_{name}", function, limit_s=120.0, engine=engine)
+        for name, function in races.items()
+    ]
+
+
+def _measured(engine: str) -> list[Step]:
+    """Benchmarks, those of most promises first."""
+    planned = [
+        ("bench_cam", "cam", 60.0, "cam"),
+        ("bench_training", "training", 60.0, "recompute"),
+        ("bench_linear", "linear_core", 40.0, "linear"),
+        ("bench_softmax", "softmax_core", 70.0, "softmax"),
+        ("bench_head", "head", 50.0, "head"),
+        ("bench_compiled_cam", "compiled_cam", 110.0, "cam"),
+        ("bench_compiled_linear", "compiled_linear", 50.0, "linear"),
+        ("bench_compiled_training", "compiled_training", 110.0, "recompute"),
+    ]
+    return [
+        Step(f"{engine}_{name}", function, limit_s=limit, suite=suite, engine=engine)
+        for name, function, limit, suite in planned
+        if suite != "recompute" or "training" in OPERATORS[engine]
+    ]
+
+
+def _sanitizers(engine: str) -> list[Step]:
+    """compute-sanitizer's tools on small calls; each tensor is an allocation that they know of."""
+    return [
+        Step(
+            f"{engine}_{tool}",
+            "sanitized",
+            limit_s=100.0,
+            command=("{sanitizer}", "--tool", tool, "--error-exitcode", "9"),
+            engine=engine,
+            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        )
+        for tool in SANITIZERS
+    ]
+
+
+def _suites(engine: str) -> Step:
+    command = ["-m", "benchmarks", "--preset", "gpu", "--engine", engine]
+    command += ["--out", f"{{out}}/suites/{engine}"]
+    # What counts operations does so on the CPU, where the engine is not; most suites train the
+    # block, which cuda has for inference alone.
+    names = {"cuda": ("alternatives",)}.get(engine, PRESETS["gpu"].suites)
+    command += ["--only", *(name for name in names if name != "complexity")]
+    return Step(
+        f"{engine}_suites", "", limit_s=100.0, command=(sys.executable, *command), engine=engine
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,15 +164,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.function:
         return _run_here(options)
     options.out.mkdir(parents=True, exist_ok=True)
+    options.out = options.out.resolve()
+    shutil.rmtree(gpu_module.site(options.out), ignore_errors=True)
+    if options.module is not None:
+        gpu_module.install(options.out, options.module)
     start = time.monotonic()
     deadline = start + BUDGET_S
     summary: dict[str, dict[str, Any]] = {}
-    for stage in stages():
+    for stage in stages(options.engine):
         chosen = [
             step
             for step in stage
             if (options.device == "cuda" or not step.needs_gpu)
             and (not options.only or step.name in options.only)
+            and not (step.function == "module" and options.module is not None)
         ]
         _run_stage(chosen, options, deadline, summary)
         _write_results(options, summary, time.monotonic() - start)
@@ -105,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check")
     parser.add_argument("out", type=Path, help="folder for results")
+    parser.add_argument("--engine", choices=(*ENGINES, "all"), default="all")
+    parser.add_argument("--module", type=Path, help="a CUDA module that is built, for this Python")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", action="append", help="a step, by name; may be repeated")
     parser.add_argument("--function", help=argparse.SUPPRESS)
@@ -120,25 +204,38 @@ def _run_stage(
     for step in steps:
         limit = min(step.limit_s, deadline - time.monotonic())
         if limit < 5:
-            summary[step.name] = {"state": "not run", "why": "no time left"}
+            summary[step.name] = _not_run(step, "no time left")
+            continue
+        if _lacks_module(step, summary):
+            summary[step.name] = _not_run(step, "the CUDA module was not built")
             continue
         result, log = options.out / f"{step.name}.json", options.out / f"{step.name}.log"
         result.unlink(missing_ok=True)
         command = [part.replace("{out}", str(options.out)) for part in step.command]
+        command = [gpu_module.sanitizer() if part == "{sanitizer}" else part for part in command]
         if step.function:
             command += [sys.executable, "-m", "benchmarks.gpu_check", str(options.out)]
             command += ["--device", options.device, "--function", step.function]
             command += ["--argument", step.argument, "--result", str(result)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if options.device == "cpu":
+            command += ["--engine", step.engine]
+        # The package that a CUDA module was built into comes before that of the checkout, which
+        # must not be the current folder.
+        path = os.pathsep.join(map(str, (gpu_module.site(options.out), ROOT)))
+        environment = {**os.environ, "PYTHONPATH": path, **dict(step.environment)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(steps))))
+        if options.device == "cpu" and step.engine == "triton":
             environment["TRITON_INTERPRET"] = "1"
         with log.open("w") as stream:
             try:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment
+                    command,
+                    cwd=options.out,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
                 )
             except OSError as error:
-                summary[step.name] = {"state": "not run", "why": str(error)}
+                summary[step.name] = _not_run(step, str(error))
                 continue
         running.append((step, process, time.monotonic(), limit, result))
     for step, process, start, limit, result in running:
@@ -148,6 +245,7 @@ def _run_stage(
             process.kill()
             code = process.wait()
         entry: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1), "code": code}
+        entry |= _about(step)
         found = _read(result)
         entry["state"] = "passed" if code == 0 else "failed"
         entry["result"] = found
@@ -155,6 +253,28 @@ def _run_stage(
         print(f"{step.name}: {entry['state']} in {entry['seconds']} s", flush=True)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (options.out / "table.txt").write_text(to_text(summary))
+
+
+def _not_run(step: Step, why: str) -> dict[str, Any]:
+    return {"state": "not run", "why": why, **_about(step)}
+
+
+def _about(step: Step) -> dict[str, Any]:
+    """What `xattn_kernels.measured` must know of a step that judges."""
+    if step.about is None:
+        return {}
+    operator, dtype = step.about
+    return {"about": {"engine": step.engine, "op": NAMES[operator], "dtype": dtype}}
+
+
+def _lacks_module(step: Step, summary: dict[str, Any]) -> bool:
+    """Whether a step of the engine cuda is to go without the module that was to be built."""
+    built = summary.get("module", {"state": "passed"})
+    return (
+        step.engine == "cuda"
+        and step.function not in ("module", "engines")
+        and built["state"] != "passed"
+    )
 
 
 def _read(path: Path) -> Any:
@@ -201,7 +321,7 @@ def results_of(summary: dict[str, Any]) -> dict[str, Result]:
     A suite with a step that failed has no figures. One that was cut off has what was measured.
     """
     by_suite: dict[str, Result] = {}
-    for step in (step for stage in stages() for step in stage):
+    for step in (step for stage in stages() for step in stage):  # of all engines
         entry = summary.get(step.name)
         if not step.suite or entry is None or "code" not in entry:
             continue
@@ -241,7 +361,7 @@ def _write_results(options: argparse.Namespace, summary: dict[str, Any], seconds
         PRESETS["gpu"],
         results,
         seconds,
-        command=f"make gpu-check OUT={options.out}",
+        command=f"make gpu-check OUT={options.out.name} ENGINE={options.engine}",
     )
     report.write(options.out / "results.json", found)
 
@@ -250,13 +370,24 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _run_here(options: argparse.Namespace) -> int:
-    from . import gpu_bench, gpu_problems, gpu_steps
+def function_of(name: str) -> Any:
+    """The function of a step."""
+    modules = (importlib.import_module(f"{__package__}.{module}") for module in FUNCTIONS)
+    [function] = {
+        id(found): found
+        for found in (vars(module).get(name) for module in modules)
+        if callable(found) and found.__module__.startswith(f"{__package__}.gpu_")
+    }.values()
+    return function
 
-    report = gpu_problems.Report(options.result)
-    module = gpu_steps if hasattr(gpu_steps, options.function) else gpu_bench
+
+def _run_here(options: argparse.Namespace) -> int:
+    from . import gpu_problems
+
+    gpu_problems.ENGINE = options.engine
+    report = gpu_problems.Report(options.result, options.engine)
     try:
-        getattr(module, options.function)(report, options.device, options.argument)
+        function_of(options.function)(report, options.device, options.argument)
     except Exception:
         report.failures.append(traceback.format_exc(limit=-3))
         traceback.print_exc()

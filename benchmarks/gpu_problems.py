@@ -1,4 +1,4 @@
-"""Calls of the operators on the Triton engine, and what the steps of `gpu_check` write down."""
+"""Calls of the operators on one engine, and what the steps of `gpu_check` write down."""
 
 from __future__ import annotations
 
@@ -11,24 +11,53 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
+from xattn_kernels import registry
 from xattn_kernels.functional import cross_attention_block_training
 from xattn_kernels.ops.linear_cross_attention import op as linear_op
+from xattn_kernels.ops.linear_cross_attention import reference as linear_reference
 from xattn_kernels.ops.softmax_cross_attention import op as softmax_op
+from xattn_kernels.ops.softmax_cross_attention import reference as softmax_reference
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing.cases import Case
 
-from .gpu_bars import BARS
+from .gpu_bars import name_for
 
 EPS = 1e-12
-#: The engine that is judged and measured.
+#: The engine that is judged and measured; `gpu_check` sets it in the process of a step.
 ENGINE = "triton"
+#: Operators that engines have, and those of them without a backward pass.
+OPERATORS = {
+    "triton": ("block", "linear", "softmax", "training", "pyramid"),
+    "cuda": ("block", "linear", "softmax", "pyramid"),
+}
+FORWARD_ONLY = {"triton": ("block",), "cuda": ("block", "pyramid")}
+#: What the library calls them.
+NAMES = {
+    "block": "cross_attention_block",
+    "linear": "linear_cross_attention",
+    "softmax": "softmax_cross_attention",
+    "training": "cross_attention_block_training",
+    "pyramid": "pyramid_projection",
+}
+
+
+def rivals() -> dict[str, str]:
+    """Engines that are timed beside the one that is measured, by the names they are shown by."""
+    if ENGINE == "triton" or registry.unavailable("triton") is not None:
+        return {}
+    return {"Triton": "triton"}
+
+
+def has_backward(operator: str) -> bool:
+    """Whether the engine has a backward pass of an operator."""
+    return operator not in FORWARD_ONLY.get(ENGINE, ("block",))
 
 
 class Report:
     """Rows and failures of a step, written whenever there is something new."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, engine: str = "triton") -> None:
+        self.path, self.engine = path, engine
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.bars: dict[str, float] = {}
@@ -45,11 +74,11 @@ class Report:
         new.replace(self.path)
 
     def bar(self, name: str, value: float) -> None:
-        """Note what was measured of a promise of `gpu_bars`."""
-        if name not in {bar.name for bar in BARS}:
-            raise ValueError(f"name: got {name!r}, expected that of a bar in gpu_bars")
-        self.bars[name] = value
+        """Note what was measured of a promise of `gpu_bars`, if it is one of this engine."""
+        promised = name_for(self.engine, name)
         print(f"{name}: {value}", flush=True)
+        if promised is not None:
+            self.bars[promised] = value
         self.write()
 
     def check(self, what: str, judge: Callable[[], Any]) -> None:
@@ -68,17 +97,26 @@ def split(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, Any, Any]:
     return tensors[:queries], tensors[queries : queries + keys], tensors[queries + keys :]
 
 
-def linear(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
+def linear(case: Case, tensors: Sequence[Tensor], engine: str | None = None) -> list[Tensor]:
     slots = [list(x) for x in split(case, tensors)]
     edges = case.schedule.triples_flat
-    outputs, s, z = linear_op.call(*slots, edges, None, None, "softplus", EPS, ENGINE)
+    engine = engine or ENGINE
+    if engine == "reference":
+        outputs, s, z = linear_reference.forward(*slots, edges, None, None, "softplus", EPS)
+    else:
+        outputs, s, z = linear_op.call(*slots, edges, None, None, "softplus", EPS, engine)
     return [*outputs, s, z]
 
 
-def softmax(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
+def softmax(case: Case, tensors: Sequence[Tensor], engine: str | None = None) -> list[Tensor]:
     slots = [list(x) for x in split(case, tensors)]
+    arguments = (*slots, case.schedule.triples_flat, case.heads)
     scale = (case.channels // case.heads) ** -0.5
-    outputs, lse = softmax_op.call(*slots, case.schedule.triples_flat, case.heads, scale, ENGINE)
+    engine = engine or ENGINE
+    if engine == "reference":
+        outputs, lse = softmax_reference.forward(*arguments, scale)
+    else:
+        outputs, lse = softmax_op.call(*arguments, scale, engine)
     return [*outputs, *lse]
 
 
@@ -108,12 +146,18 @@ class Head:
         ]
         return [x.to(dtype) for x in drawn]
 
-    def run(self, flat: Sequence[Tensor], statistics: bool, project: Any = None) -> Tensor:
-        """Of this engine, or of a function with the arguments of the composition."""
+    def run(
+        self,
+        flat: Sequence[Tensor],
+        statistics: bool,
+        project: Any = None,
+        engine: str | None = None,
+    ) -> Tensor:
+        """Of this engine, another, or of a function with the arguments of the composition."""
         n = len(self.channels)
         arguments = (list(flat[:n]), list(flat[n : 2 * n]), *flat[2 * n :])
         if project is None:
-            with xk.backend(ENGINE):
+            with xk.backend(engine or ENGINE):
                 found = xk.pyramid_projection(*arguments, batch_statistics=statistics)
             return found[0] if isinstance(found, tuple) else found
         output: Tensor = project(*arguments, batch_statistics=statistics)

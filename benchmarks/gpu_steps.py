@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,11 +20,14 @@ from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing import compare, compositions
 from xattn_kernels.testing.cases import CASES, LAYOUTS, Case
 
+from . import gpu_problems
+from .gpu_module import ROOT
 from .gpu_problems import (
     EPS,
     PUBLISHED_HEAD,
     Head,
     Report,
+    has_backward,
     linear,
     softmax,
     split,
@@ -38,12 +41,10 @@ _SMALL = [case for case in CASES if case.name in _NAMES]
 
 def environment(report: Report, device: str, _: str) -> None:
     """Versions and the card."""
-    import triton
-
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "commit": _output(["git", "rev-parse", "HEAD"]),
     }
@@ -61,9 +62,16 @@ def environment(report: Report, device: str, _: str) -> None:
     report.add(**facts)
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _output(command: Sequence[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -195,9 +203,9 @@ def _judge_block(
     ]
     outputs = [x[:, channels:] for x in buffers]
     there = [x.to(device) for x in features]
-    packed = block_op.pack_op(weight.to(device), bias.to(device), dtype, "triton")
-    sets = schedule.num_weights
-    block_op.block_op(there, packed, sets, schedule.edges_flat, EPS, outputs, "triton")
+    engine, sets = gpu_problems.ENGINE, schedule.num_weights
+    packed = block_op.pack_op(weight.to(device), bias.to(device), dtype, engine)
+    block_op.block_op(there, packed, sets, schedule.edges_flat, EPS, outputs, engine)
 
     def evaluate(x: Sequence[Tensor], _: int) -> list[Tensor]:
         return compositions.cross_attention_block(x[:-2], x[-2], x[-1], schedule)
@@ -217,7 +225,10 @@ _HEADS = {
 
 
 def correct_pyramid(report: Report, device: str, argument: str) -> None:
-    """Values by element; gradients by element in float32, else by norm, as relus may flip."""
+    """Values by element; gradients by element in float32, else by norm, as relus may flip.
+
+    Engines without a backward pass are judged by their values.
+    """
     dtype = getattr(torch, argument)
     heads = {**_HEADS, "published": PUBLISHED_HEAD} if device == "cuda" else _HEADS
     for (name, head), statistics, last in itertools.product(
@@ -239,6 +250,9 @@ def _judge_head(
         def run(x: Sequence[Tensor]) -> list[Tensor]:
             return [head.run(x, statistics, project).flatten(2)]
 
+        if not has_backward("pyramid"):
+            with torch.no_grad():
+                return run(tensors)
         return _with_gradients(run, tensors, dtype)
 
     inputs = head.draw(dtype)
@@ -333,16 +347,26 @@ def _all(tokens: int, device: str) -> dict[str, tuple[Callable[..., list[Tensor]
         return [*features, weight.to(dtype), beta.to(dtype)]
 
     def block(x: Sequence[Tensor]) -> list[Tensor]:
-        with xk.backend("triton"), torch.no_grad():
+        with xk.backend(gpu_problems.ENGINE), torch.no_grad():
             return xk.cross_attention_block(list(x[:-2]), *x[-2:], schedule)
 
-    return {
+    every: dict[str, tuple[Callable[..., list[Tensor]], Run]] = {
         "linear": (of_case, lambda x: linear(case, x)),
         "softmax": (of_case, lambda x: softmax(case, x)),
         "block": (of_block, block),
         "pyramid": (of_head, lambda x: [head.run(x, True)]),
         "training": (of_training, lambda x: train(schedule, x)),
     }
+    has = gpu_problems.OPERATORS.get(gpu_problems.ENGINE, tuple(every))
+    return {name: every[name] for name in every if name in has}
+
+
+def _results(name: str, run: Run, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What an operator gives, with all gradients where the engine has a backward pass."""
+    if has_backward(name):
+        return _with_gradients(run, inputs, dtype)
+    with torch.no_grad():
+        return run(inputs)
 
 
 def repeats(report: Report, device: str, _: str) -> None:
@@ -352,12 +376,11 @@ def repeats(report: Report, device: str, _: str) -> None:
         _all(size, device).items(), (torch.bfloat16, torch.float32)
     ):
         inputs = make(dtype)
-
-        def once() -> list[Tensor]:
-            return run(inputs) if name == "block" else _with_gradients(run, inputs, dtype)
-
-        first = once()
-        different = sum(not all(map(torch.equal, once(), first)) for _ in range(count))
+        first = _results(name, run, inputs, dtype)
+        different = 0
+        for _ in range(count):
+            again = _results(name, run, inputs, dtype)
+            different += not all(map(torch.equal, again, first))
         report.add(operator=name, dtype=str(dtype), different=different)
         if different:
             report.failures.append(f"{name}, {dtype}: {different} repeats differ")
@@ -395,20 +418,53 @@ def sanitized(report: Report, device: str, _: str) -> None:
     """Small calls of everything, to be run under compute-sanitizer."""
     for name, (make, run) in _all(60, device).items():
         inputs = make(torch.bfloat16)
-        found = run(inputs) if name == "block" else _with_gradients(run, inputs, torch.bfloat16)
+        found = _results(name, run, inputs, torch.bfloat16)
         if device == "cuda":
             torch.cuda.synchronize()
         report.add(operator=name, results=len(found))
 
 
-def build(report: Report, device: str, _: str) -> None:
-    """The package builds with what is there (the Triton engine does without)."""
-    target = report.path.parent / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "--no-index", "--target", str(target), "."], capture_output=True, text=True
-    )
-    print(done.stdout, done.stderr)
-    report.add(code=done.returncode)
-    if done.returncode:
-        report.failures.append(done.stderr[-800:])
+#: Elements between two samples of a tensor that is far apart, and which inputs of operators are.
+FAR = 2**31
+FAR_INPUTS = {
+    "linear": (0, 4, 8),
+    "softmax": (0, 4, 8),
+    "block": (0,),
+    "pyramid": (0,),
+    "training": (0,),
+}
+
+
+def offsets(report: Report, device: str, _: str) -> None:
+    """Samples 2^31 elements apart give what they give side by side; outputs too, where given."""
+    for name, (make, run) in _all(300, device).items():
+        inputs = make(torch.bfloat16)
+        expected = _results(name, run, inputs, torch.bfloat16)
+        moved = [_far(x) if i in FAR_INPUTS[name] else x for i, x in enumerate(inputs)]
+
+        def judge() -> None:
+            for i, (x, y) in enumerate(
+                zip(_results(name, run, moved, torch.bfloat16), expected, strict=True)
+            ):
+                _within(f"result {i}", x, y.double(), 1e-2)
+
+        report.check(f"{name}, inputs", judge)
+        if name == "block":
+            out = [_far(torch.empty_like(expected[0])), *map(torch.empty_like, expected[1:])]
+            *features, weight, bias = inputs
+
+            def judge_outputs() -> None:
+                with xk.backend(gpu_problems.ENGINE), torch.no_grad():
+                    schedule = Schedule.cross_task(3)
+                    xk.cross_attention_block(features, weight, bias, schedule, out=out)
+                for i, (x, y) in enumerate(zip(out, expected, strict=True)):
+                    _within(f"output {i}", x, y.double(), 1e-2)
+
+            report.check(f"{name}, outputs", judge_outputs)
+
+
+def _far(x: Tensor) -> Tensor:
+    """A copy whose samples are `FAR` elements apart."""
+    sample = x[0].contiguous()
+    base = x.new_empty(FAR * (x.size(0) - 1) + sample.numel())
+    return base.as_strided(x.shape, (FAR, *sample.stride())).copy_(x)

@@ -223,11 +223,9 @@ def unavailable(name: str) -> str | None:
         from xattn_kernels.triton import runtime
 
         return runtime.load_error()
-    if importlib.util.find_spec("xattn_kernels.ops.native_cuda") is None:
-        return f"not built: this version of xattn_kernels has no {name} kernels"
-    native_cuda = importlib.import_module("xattn_kernels.ops.native_cuda")
-    reason: str | None = native_cuda.load_error()
-    return reason
+    from xattn_kernels.ops import native_cuda
+
+    return native_cuda.load_error()
 
 
 def list_backends() -> list[EngineInfo]:
