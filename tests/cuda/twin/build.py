@@ -163,14 +163,24 @@ def _compile(source: Source, csrc: Path = CSRC) -> Path:
     if result.exists():
         os.utime(result)
         return result
+    # What did not compile is not tried again as it is.
+    failure = result.with_suffix(".txt")
+    if failure.exists():
+        raise RuntimeError(failure.read_text())
     result.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=result.parent) as folder:
         fresh = Path(folder) / result.name
         done = subprocess.run(
             [*command, "-c", str(source.path), "-o", str(fresh)], capture_output=True, text=True
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"{source.path}: {shlex.join(command)}\n{done.stderr[-20_000:]}")
+        if done.returncode > 0:
+            errors = [line for line in done.stderr.splitlines() if "error:" in line]
+            text = "\n".join([f"{source.path} does not compile", *errors[:10]])
+            text += f"\n{shlex.join(command)}\n{done.stderr[:10_000]}"
+            if csrc == CSRC:
+                failure.write_text(text)
+            raise RuntimeError(text)
+        done.check_returncode()
         if done.stderr:
             print(done.stderr, file=sys.stderr)
         fresh.replace(result)
@@ -196,8 +206,8 @@ def _link(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
 
 def _prune(days: int = 7) -> None:
     """Forget what has not been used for long."""
-    newest = max((path.stat().st_mtime for path in BUILD.glob("objects/*.o")), default=0.0)
-    for path in (*BUILD.glob("objects/*.o"), *BUILD.glob("*-*/")):
+    newest = max((path.stat().st_mtime for path in BUILD.glob("objects/*.*")), default=0.0)
+    for path in (*BUILD.glob("objects/*.*"), *BUILD.glob("*-*/")):
         if path.stat().st_mtime < newest - days * 86_400:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -264,7 +274,7 @@ def build(
             except RuntimeError as error:
                 if not lenient:
                     raise
-                print(f"LEFT OUT: {str(error)[-2000:]}", file=sys.stderr)
+                print(f"LEFT OUT: {str(error)[:1000]}", file=sys.stderr)
                 return None
 
         # Of a function in several objects, the linker takes the first: the changed one.
@@ -284,4 +294,7 @@ if __name__ == "__main__":
     parser.add_argument("--asan", type=int, default=1, choices=(0, 1))
     parser.add_argument("--lenient", action="store_true", help="leave out what does not compile")
     options = parser.parse_args()
-    print(build(options.name, bool(options.asan), lenient=options.lenient))
+    try:
+        print(build(options.name, bool(options.asan), lenient=options.lenient))
+    except RuntimeError as error:
+        sys.exit(f"{error}\nTo go on without: --lenient")

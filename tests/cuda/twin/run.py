@@ -41,7 +41,10 @@ def main() -> int:
     parser.add_argument("--lenient", action="store_true")
     options, arguments = parser.parse_known_args()
     asan = bool(options.asan)
-    module = build.build(asan=asan, lenient=options.lenient)
+    try:
+        module = build.build(asan=asan, lenient=options.lenient)
+    except RuntimeError as error:
+        sys.exit(f"{error}\nTo go on without: --lenient")
     return run(module, arguments, asan, capture=False).returncode
 
 
