@@ -352,7 +352,7 @@ def softmax_core(report: Report, device: str, _: str) -> None:
 
 
 def head(report: Report, device: str, _: str) -> None:
-    """The aggregation head: inference; forward and backward with batch statistics, if there."""
+    """The aggregation head: inference, and forward and backward with batch statistics."""
     sizes = [Scale(number).shape for number in SCALES]
     for outputs in (40, 1):
         problem = Head((144, 216, 288, 288), sizes, 1080, outputs, batch=BATCH)
@@ -370,8 +370,6 @@ def head(report: Report, device: str, _: str) -> None:
         for name, engine in gpu_problems.rivals().items():
             calls[name] = lambda engine=engine: infer(None, engine)
         _add_head(report, "inference", outputs, best(calls))
-        if not gpu_problems.has_backward("pyramid"):
-            continue
         leaves = [x.requires_grad_() for x in flat]
         grad = torch.randn_like(expected)
 

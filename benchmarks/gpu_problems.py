@@ -25,12 +25,11 @@ from .gpu_bars import name_for
 EPS = 1e-12
 #: The engine that is judged and measured; `gpu_check` sets it in the process of a step.
 ENGINE = "triton"
-#: Operators that engines have, and those of them without a backward pass.
+#: Operators that engines have; the block is for inference.
 OPERATORS = {
     "triton": ("block", "linear", "softmax", "training", "pyramid"),
     "cuda": ("block", "linear", "softmax", "pyramid"),
 }
-FORWARD_ONLY = {"triton": ("block",), "cuda": ("block", "pyramid")}
 #: What the library calls them.
 NAMES = {
     "block": "cross_attention_block",
@@ -46,11 +45,6 @@ def rivals() -> dict[str, str]:
     if ENGINE == "triton" or registry.unavailable("triton") is not None:
         return {}
     return {"Triton": "triton"}
-
-
-def has_backward(operator: str) -> bool:
-    """Whether the engine has a backward pass of an operator."""
-    return operator not in FORWARD_ONLY.get(ENGINE, ("block",))
 
 
 class Report:

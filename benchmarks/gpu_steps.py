@@ -27,7 +27,6 @@ from .gpu_problems import (
     PUBLISHED_HEAD,
     Head,
     Report,
-    has_backward,
     linear,
     softmax,
     split,
@@ -225,10 +224,7 @@ _HEADS = {
 
 
 def correct_pyramid(report: Report, device: str, argument: str) -> None:
-    """Values by element; gradients by element in float32, else by norm, as relus may flip.
-
-    Engines without a backward pass are judged by their values.
-    """
+    """Values by element; gradients by element in float32, else by norm, as relus may flip."""
     dtype = getattr(torch, argument)
     heads = {**_HEADS, "published": PUBLISHED_HEAD} if device == "cuda" else _HEADS
     for (name, head), statistics, last in itertools.product(
@@ -250,9 +246,6 @@ def _judge_head(
         def run(x: Sequence[Tensor]) -> list[Tensor]:
             return [head.run(x, statistics, project).flatten(2)]
 
-        if not has_backward("pyramid"):
-            with torch.no_grad():
-                return run(tensors)
         return _with_gradients(run, tensors, dtype)
 
     inputs = head.draw(dtype)
@@ -362,11 +355,8 @@ def _all(tokens: int, device: str) -> dict[str, tuple[Callable[..., list[Tensor]
 
 
 def _results(name: str, run: Run, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """What an operator gives, with all gradients where the engine has a backward pass."""
-    if has_backward(name):
-        return _with_gradients(run, inputs, dtype)
-    with torch.no_grad():
-        return run(inputs)
+    """What an operator gives, with all gradients if it has any."""
+    return run(inputs) if name == "block" else _with_gradients(run, inputs, dtype)
 
 
 def repeats(report: Report, device: str, _: str) -> None:
