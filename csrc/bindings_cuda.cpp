@@ -76,6 +76,16 @@ void softmax_forward(const Context& context, int dtype, int64_t batch, int64_t c
                         call(context));
 }
 
+template <auto kKernel>
+void run_pyramid(const Context& context, int dtype, int64_t batch, int64_t hidden, int64_t outputs,
+                 const Levels& levels, int weight_dtype, const Views& weights, const std::array<int64_t, 5>& classifier,
+                 int64_t scale, int64_t shift, int64_t classifier_bias, const std::array<int64_t, 5>& output,
+                 int64_t map, int64_t mean, int64_t deviations) {
+  kKernel({Dtype(dtype), batch, hidden, outputs, span(levels), pointer(scale), pointer(shift), nullptr,
+           pointer(classifier_bias), view(output), pointer(map), pointer(mean), pointer(deviations)},
+          {Dtype(weight_dtype), span(weights), view(classifier)}, call(context));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -96,6 +106,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("linear_forward", &linear_forward, release());
   module.def("linear_backward", &linear_backward, release());
   module.def("softmax_forward", &softmax_forward, release());
+  module.def("pyramid_forward", &run_pyramid<&cuda::pyramid_forward>, release());
+  module.def("pyramid_classify", &run_pyramid<&cuda::pyramid_classify>, release());
 }
 
 }  // namespace xattn

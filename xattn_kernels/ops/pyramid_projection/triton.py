@@ -6,9 +6,8 @@ at a time. Batch statistics take a pass of their own before it: centred in every
 For a backward pass z is stored once, and read where it is needed again.
 
 Backward, kernels compute the sums over pixels and dz, which needs z and the outputs' gradient side
-by side. What follows are plain matrix products, which torch computes: dz, in slices of samples of
-bounded size, with the inputs and weights, and with the matrices of the interpolation. The adjoint
-of an interpolation is so a product too, and deterministic, which torch's own is not on a GPU.
+by side. What follows are plain matrix products, which torch computes (`adjoint.py`), of dz in
+slices of samples of bounded size.
 
 Levels past the fourth are interpolated by torch, in float32 and at full resolution.
 """
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels.ops import library
+from xattn_kernels.ops.pyramid_projection.adjoint import LevelGradients
 from xattn_kernels.ops.pyramid_projection.op import Results, allocate, allocate_gradients
 from xattn_kernels.registry import Problem
 from xattn_kernels.triton import runtime
@@ -394,44 +394,13 @@ def _levels(
     """Write the gradients of features and weights, those that are not None."""
     work = _work_type(runtime.precision(hidden.dtype))
     batch = hidden.size(0)
-    height, columns = features[0].shape[2:]
-    levels = len(features)
     stacked, rows = torch.stack(list(vectors)), classifier.to(work)
-    matrices = [w.to(work) for w in weights]
-    totals = [
-        None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in places[levels:]
-    ]
-    # Interpolation as matrices: (H_0, H_s) of every level, and the (W_0, W_s) of all, side by side.
-    coarse = [s for s in range(1, levels) if not (places[s] is places[levels + s] is None)]
-    along_rows = [_matrix(features[s].size(2), height, rows).t() for s in coarse]
-    lengths = [features[s].size(3) for s in coarse]
-    along_columns = [_matrix(length, columns, rows) for length in lengths]
+    levels = LevelGradients(features, weights, places, work)
     step = max(1, _SLICE // (hidden[0].numel() * work.itemsize))
     chunk = chunk_of(min(step, batch), hidden.size(2))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         dz = rows.new_empty(hidden[part].shape)
         _gradient_launch(grad[part], hidden[part], rows, stacked, dz, chunk, dz, dz)
-        fine = [] if places[0] is places[levels] is None else [(0, dz)]
-        if coarse:
-            narrow = dz.unflatten(2, (height, columns)) @ torch.cat(along_columns, dim=1)
-            narrow_levels = narrow.split(lengths, dim=3)
-            pairs = zip(coarse, along_rows, narrow_levels, strict=True)
-            fine += [(s, (matrix @ x).flatten(2)) for s, matrix, x in pairs]
-        for s, dp in fine:
-            grad_x, grad_w = places[s], totals[s]
-            if grad_x is not None:
-                grad_x[part] = (matrices[s].t() @ dp).view(grad_x[part].shape)
-            if grad_w is not None:
-                product = dp @ features[s][part].flatten(2).transpose(1, 2).to(work)
-                grad_w += product.sum(dim=0, dtype=torch.float32)
-    for place, total in zip(places[levels:], totals, strict=True):
-        if place is not None and total is not None:
-            place.copy_(total)
-
-
-def _matrix(length: int, out: int, like: Tensor) -> Tensor:
-    """(out, length): what interpolates rows of ``length`` samples to ``out`` ones."""
-    unit = torch.eye(length, dtype=torch.float32, device=like.device).unsqueeze(0)
-    shares = F.interpolate(unit, size=out, mode="linear", align_corners=False)
-    return shares[0].t().to(like.dtype)
+        levels.add(part, dz)
+    levels.finish()

@@ -1,0 +1,239 @@
+// Products of the pyramid's coarse levels, each at its own resolution: p = W_s x_s.
+//
+// Plan: a block has some pixels of a sample and some hidden channels, kept in registers as the level's
+// channels go by in pieces, two of them in flight. Products are stored with hidden channels side by side,
+// as rows that the second launch copies. Other blocks lay out the weights that it reads. Then the sums of
+// what it has measured of z: partial moments of tiles, merged in double, in a fixed order.
+#include "pyramid_levels.h"
+#include "tile.h"
+
+namespace xattn::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kPacked = 8 * kThreads;  // elements of weights that a block lays out
+
+template <class Products>
+class Block {
+ public:
+  using P = Products;
+  using E = typename P::Element;
+  static constexpr int kPixels = kProjectedPixels, kHidden = kProjectedHidden;
+  static constexpr int kDepth = 128 / static_cast<int>(sizeof(E));
+  static constexpr int kFeatures = tile_elements<P>(kDepth, kPixels), kWeights = tile_elements<P>(kHidden, kDepth);
+  static constexpr int kStage = (kFeatures + kWeights) * static_cast<int>(sizeof(E));
+  static constexpr int kShared = 2 * kStage;
+  static constexpr int kStride = kHidden + 8;  // of products on their way out
+  static_assert(kStage % 16 == 0 && kPixels * kStride * static_cast<int>(sizeof(E)) <= kShared, "shared memory");
+
+  XATTN_DEVICE Block(const PyramidProjection& args, int64_t work) : args_(args) {
+    int level = 0;
+    while (level + 1 < args.levels && work >= args.table[args.starts + level + 1]) ++level;
+    work -= args.table[args.starts + level];
+    x_ = args.table.view(args.features, level);
+    weight_ = args.table.view(args.weights, level);
+    const int64_t groups = (args.scratch.padded + kHidden - 1) / kHidden;
+    hidden_ = work % groups * kHidden;
+    const int64_t tiles = (x_.tokens + kPixels - 1) / kPixels;
+    pixel_ = work / groups % tiles * kPixels;
+    batch_ = work / groups / tiles;
+    row_ = args.table[args.numbers + level * kLevelNumbers + kRow] + batch_ * x_.tokens + pixel_;
+  }
+
+  XATTN_DEVICE void run() {
+    pixels_ = within(x_.tokens - pixel_, kPixels);
+    columns_ = within(args_.scratch.padded - hidden_, kHidden);
+    x_access_ = access<E>(x_, args_.dtype);
+    weight_access_ = access<E>(weight_, args_.weight_dtype);
+    sum_.clear();
+    const int64_t channels = weight_.tokens;
+    load(0);
+    XATTN_KEEP_LOOP
+    for (int number = 0; static_cast<int64_t>(number) * kDepth < channels; ++number) {
+      wait_copies<0>();
+      sync_threads();
+      load(number + 1);
+      multiply_add<P>(sum_, features(number).over_channels(), pixel_of_warp(), weights(number).over_tokens(),
+                      hidden_of_warp(), 0, padded(within(channels - static_cast<int64_t>(number) * kDepth, kDepth)),
+                      padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
+    }
+    wait_copies<0>();
+    sync_threads();
+    store();
+    sync_threads();
+  }
+
+ private:
+  static XATTN_DEVICE int within(int64_t left, int most) { return static_cast<int>(left < most ? left : most); }
+  static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
+  static XATTN_DEVICE int pixel_of_warp() { return warp() % 2 * 32; }
+  static XATTN_DEVICE int hidden_of_warp() { return warp() / 2 * 64; }
+
+  XATTN_DEVICE E* stage(int number) const { return reinterpret_cast<E*>(shared_memory() + number % 2 * kStage); }
+  XATTN_DEVICE Tile<E> features(int number) const {
+    return make_tile<P>(stage(number), x_access_.token_minor, kDepth, kPixels);
+  }
+  // Weights are a tensor whose channels are the hidden ones and whose tokens are the level's channels.
+  XATTN_DEVICE Tile<E> weights(int number) const {
+    return make_tile<P>(stage(number) + kFeatures, weight_access_.token_minor, kHidden, kDepth);
+  }
+
+  XATTN_DEVICE void load(int number) const {
+    const int64_t channel = static_cast<int64_t>(number) * kDepth;
+    if (channel < weight_.tokens) {
+      const int depth = within(weight_.tokens - channel, kDepth);
+      load_tile(x_, x_access_, {batch_, channel, pixel_, depth, pixels_}, features(number), padded(depth),
+                padded(pixels_));
+      load_tile(weight_, weight_access_, {0, hidden_, channel, within(args_.scratch.hidden - hidden_, kHidden), depth},
+                weights(number), columns_, padded(depth));
+    }
+    commit_copies();
+  }
+
+  XATTN_DEVICE void store() {
+    E* rows = reinterpret_cast<E*>(shared_memory());
+    int wrong[4] = {0, 0, 0, 0};
+    XATTN_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      XATTN_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        XATTN_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float x = to_float(from_float<E>(sum_.v[m][n][2 * i]));
+          const float y = to_float(from_float<E>(sum_.v[m][n][2 * i + 1]));
+          if (x - x != 0.0f || y - y != 0.0f) wrong[2 * m + i] = 1;
+        }
+      }
+    }
+    sum_.for_pairs(padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp(),
+                   [&](int pixel, int hidden, float x, float y) {
+                     store_pair(rows + (pixel_of_warp() + pixel) * kStride + hidden_of_warp() + hidden, x, y);
+                   });
+    const int64_t group = (hidden_ + hidden_of_warp()) / kFlagged;
+    XATTN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      wrong[i] |= shuffle_xor(wrong[i], 1);
+      wrong[i] |= shuffle_xor(wrong[i], 2);
+      const int pixel = pixel_of_warp() + lane() / 4 + 8 * i;
+      if (lane() % 4 == 0 && pixel < pixels_ && hidden_of_warp() < columns_)
+        args_.scratch.flags[(row_ + pixel) * args_.scratch.flag_groups + group] = wrong[i];
+    }
+    sync_threads();
+    struct alignas(16) Vector {
+      uint32_t bits[4];
+    };
+    constexpr int kPer = 16 / static_cast<int>(sizeof(E));
+    E* to = static_cast<E*>(args_.scratch.products) + row_ * args_.scratch.padded + hidden_;
+    for_rows(pixels_, columns_ / kPer, [&](int pixel, int i) {
+      *reinterpret_cast<Vector*>(to + pixel * args_.scratch.padded + i * kPer) =
+          *reinterpret_cast<const Vector*>(rows + pixel * kStride + i * kPer);
+    });
+  }
+
+  const PyramidProjection& args_;
+  View x_, weight_;
+  Access x_access_, weight_access_;
+  int64_t batch_, pixel_, hidden_, row_;
+  int pixels_, columns_;  // hidden channels are columns
+  Accumulator<2, 8> sum_;
+};
+
+// kPacked elements of the finest level's weights, then of the classifier.
+template <class E>
+XATTN_DEVICE void pack(const PyramidProjection& args, int64_t work) {
+  const PyramidScratch& scratch = args.scratch;
+  const int64_t weights = scratch.padded * scratch.channels, all = weights + scratch.outputs * scratch.padded;
+  for (int64_t i = work * kPacked + thread_index(); i < (work + 1) * kPacked && i < all; i += kThreads) {
+    const bool first = i < weights;
+    const View& view = first ? args.weight : args.classifier;
+    const int64_t j = first ? i : i - weights, columns = first ? scratch.channels : scratch.padded;
+    const int64_t row = j / columns, column = j % columns;
+    float x = 0.0f;
+    if (row < (first ? scratch.hidden : args.outputs) && column < view.tokens)
+      x = load_element(view.data, args.weight_dtype, row * view.channel_stride + column * view.token_stride);
+    static_cast<E*>(first ? scratch.weight : scratch.classifier)[j] = from_float<E>(x);
+  }
+}
+
+template <class P>
+XATTN_KERNEL(kThreads, 2)
+project_kernel(XATTN_PARAMETER PyramidProjection args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works + args.packs; work += block_count()) {
+    if (work < args.works)
+      Block<P>(args, work).run();
+    else
+      pack<typename P::Element>(args, work - args.works);
+  }
+}
+
+template <class P>
+void start(PyramidProjection args, Stream stream) {
+  args.packs = ((args.scratch.channels + args.scratch.outputs) * args.scratch.padded + kPacked - 1) / kPacked;
+  launch(project_kernel<P>, "pyramid_project", args.works + args.packs, kThreads, Block<P>::kShared, stream, args);
+}
+
+constexpr int kChannels = 32, kParts = 8;  // of a block that merges: hidden channels, and shares of the tiles
+constexpr int kMergeShared = kChannels * kParts * static_cast<int>(sizeof(double));
+
+// The sum of a channel's parts, in the order of these.
+XATTN_DEVICE double sum_parts(double part) {
+  double* parts = reinterpret_cast<double*>(shared_memory());
+  parts[thread_index()] = part;
+  sync_threads();
+  double sum = 0.0;
+  for (int i = 0; i < kParts; ++i) sum += parts[i * kChannels + thread_index() % kChannels];
+  sync_threads();
+  return sum;
+}
+
+// Chan, Golub and LeVeque: squared deviations from the mean of all are those from a tile's own and those of
+// its mean.
+XATTN_KERNEL(kChannels* kParts, 2) merge_kernel(XATTN_PARAMETER PyramidMoments args) {
+  const int64_t rows = (args.height + args.tile_height - 1) / args.tile_height;
+  const int64_t columns = (args.width + args.tile_width - 1) / args.tile_width;
+  const auto within = [](int64_t left, int most) { return static_cast<double>(left < most ? left : most); };
+  for (int64_t work = block_index(); work * kChannels < args.hidden; work += block_count()) {
+    const int64_t channel = work * kChannels + thread_index() % kChannels;
+    const int part = thread_index() / kChannels;
+    const auto for_tiles = [&](const auto& body) {
+      double sum = 0.0;
+      if (channel >= args.hidden) return sum;
+      XATTN_KEEP_LOOP
+      for (int64_t i = part; i < args.batch * rows * columns; i += kParts) {
+        const int64_t row = i / columns % rows, column = i % columns;
+        const double count = within(args.height - row * args.tile_height, args.tile_height) *
+                             within(args.width - column * args.tile_width, args.tile_width);
+        const float* moments = args.partial + i * 2 * args.hidden + channel;
+        sum += body(count, static_cast<double>(moments[0]), static_cast<double>(moments[args.hidden]));
+      }
+      return sum;
+    };
+    const double all = static_cast<double>(args.batch * args.height * args.width);
+    const double mean = sum_parts(for_tiles([](double count, double x, double) { return count * x; })) / all;
+    const double deviations = sum_parts(for_tiles(
+        [mean](double count, double x, double squares) { return squares + count * (x - mean) * (x - mean); }));
+    if (part == 0 && channel < args.hidden) {
+      args.mean[channel] = static_cast<float>(mean);
+      args.deviations[channel] = static_cast<float>(deviations);
+    }
+  }
+}
+
+}  // namespace
+
+void start_pyramid_projection(const PyramidProjection& projection, bool tf32, Stream stream) {
+  if (projection.dtype == Dtype::kBFloat16)
+    start<BFloat16Products>(projection, stream);
+  else if (projection.dtype == Dtype::kFloat16 || tf32)
+    start<Tf32Products>(projection, stream);
+  else
+    start<IeeeProducts>(projection, stream);
+}
+
+void start_pyramid_moments(const PyramidMoments& moments, Stream stream) {
+  launch(merge_kernel, "pyramid_moments", (moments.hidden + kChannels - 1) / kChannels, kChannels * kParts,
+         kMergeShared, stream, moments);
+}
+
+}  // namespace xattn::cuda
