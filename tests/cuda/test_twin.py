@@ -170,6 +170,27 @@ def test_load_matrices_refuses_addresses(module: Any, number: int, words: str) -
     refused(module, "load", words, a=a, d=d, number=number, shared=512, seeds=SEEDS)
 
 
+@pytest.mark.parametrize(
+    ("stride", "conflicts"), [(128, 28), (64, 12), (32, 4), (16, 0), (144, 0), (80, 0), (0, 0)]
+)
+def test_conflicts_of_banks_are_counted(module: Any, stride: int, conflicts: int) -> None:
+    d = torch.empty(32, dtype=torch.int32)
+    run(module, "stride", d=d, number=stride, shared=2048)
+    nothing = {"products": 0, "shuffles": 0, "copied_bytes": 0}
+    expected = {"name": "stride", "loads": 1, "conflicts": conflicts, **nothing}
+    assert module.twin_counts() == [expected]
+
+
+def test_what_warps_do_is_counted(module: Any) -> None:
+    run(module, "products", d=torch.empty(32), number=7)
+    run(module, "copy16", torch.ones(32, 4), d=torch.empty(32, 4), number=12, shared=512)
+    run(module, "any", d=torch.empty(64, dtype=torch.int32), threads=64)
+    counts = module.twin_counts()
+    assert [c["products"] for c in counts] == [7, 0, 0]
+    assert [c["copied_bytes"] for c in counts] == [0, 12 * 32, 0]
+    assert [c["shuffles"] for c in counts] == [0, 0, 2]
+
+
 def bits(x: Tensor) -> Tensor:
     return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
 

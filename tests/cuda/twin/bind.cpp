@@ -49,6 +49,21 @@ py::list launches() {
   return list;
 }
 
+py::list counts() {
+  py::list list;
+  for (const twin::Launch& launch : twin::recorded().launches) {
+    py::dict counts;
+    counts["name"] = launch.name;
+    counts["products"] = launch.products;
+    counts["loads"] = launch.loads;
+    counts["conflicts"] = launch.conflicts;
+    counts["shuffles"] = launch.shuffles;
+    counts["copied_bytes"] = launch.copied_bytes;
+    list.append(counts);
+  }
+  return list;
+}
+
 }  // namespace
 
 void bind_twin(py::module_& module) {
@@ -61,6 +76,9 @@ void bind_twin(py::module_& module) {
              "file whose name ends so does nothing, until twin_configure is called.");
   module.def("twin_places", &places, "(kind, file, line, count) of all calls that twin_drop could name.");
   module.def("twin_launches", &launches, "(kernel, blocks, threads, bytes of shared memory) of all launches.");
+  module.def("twin_counts", &counts,
+             "What the warps of every launch did: products of mma's size, load_matrices and how many times more than "
+             "once conflicts of banks let each of its four matrices take, shuffles and votes, bytes of copy_async.");
 }
 
 }  // namespace xattn::cuda

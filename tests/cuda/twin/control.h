@@ -24,10 +24,12 @@ struct Place {
   int line;
   int64_t count;
 };
+// `conflicts` are the times more that load_matrices would need, as rows of a matrix share banks.
 struct Launch {
   std::string name;
   int blocks, threads;
   int64_t shared;
+  int64_t products, loads, conflicts, shuffles, copied_bytes;
 };
 struct Record {
   std::vector<Place> places;

@@ -76,6 +76,13 @@ XATTN_KERNEL(32, 1) load_kernel(XATTN_PARAMETER Arguments args) {
   for (int i = 0; i < 4; i++) args.d_as<uint32_t>()[thread_index() * 4 + i] = r[i];
 }
 
+// Rows of a matrix `number` bytes apart.
+XATTN_KERNEL(32, 1) stride_kernel(XATTN_PARAMETER Arguments args) {
+  uint32_t r[4];
+  load_matrices(r, shared_memory() + thread_index() % 8 * args.number + thread_index() / 8 * 16);
+  args.d_as<uint32_t>()[thread_index()] = r[0];
+}
+
 // Fragments come and go as they are: lane l has a[l][4], b[l][2], d[l][4].
 XATTN_KERNEL(32, 1) multiply_kernel(XATTN_PARAMETER Arguments args) {
   const int i = thread_index();
@@ -299,6 +306,7 @@ const Kernel kKernels[] = {
     KERNEL(shuffle),
     KERNEL(any),
     KERNEL(load),
+    KERNEL(stride),
     KERNEL(multiply),
     KERNEL(bfloat16),
     KERNEL(bfloat16_relu),

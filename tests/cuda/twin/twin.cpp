@@ -226,20 +226,24 @@ std::string fault_of(const void* pointer, int size) {
 }
 
 void compute(Collective kind, Operands* const* lanes) {
+  Launch& launch = record.launches.back();
   switch (kind) {
     case Collective::kSync:
+      return;
     case Collective::kShuffleXor:
     case Collective::kShuffle:
     case Collective::kAny:
+      launch.shuffles++;
       return exchange_values(kind, lanes);
     case Collective::kLoad:
-      return load(lanes, false);
     case Collective::kLoadTransposed:
-      return load(lanes, true);
+      launch.loads++;
+      launch.conflicts += conflicts(lanes, block.shared);
+      return load(lanes, kind == Collective::kLoadTransposed);
     case Collective::kBFloat16:
-      return multiply(lanes, true);
     case Collective::kTf32:
-      return multiply(lanes, false);
+      launch.products++;
+      return multiply(lanes, kind == Collective::kBFloat16);
   }
 }
 
@@ -415,6 +419,7 @@ void copy(Site site, void* shared, const void* global, int size, int bytes) {
            std::to_string(static_cast<const char*>(bad) - static_cast<const char*>(global)) + " is out of bounds");
     }
   }
+  record.launches.back().copied_bytes += bytes;
   me.copies.push_back(
       {static_cast<char*>(shared), static_cast<const char*>(global), size, bytes, me.groups, false, site});
   if (draw() >> 20 & 1) {
@@ -449,7 +454,7 @@ void start(const void* kernel, Call call, const char* name, int blocks, int thre
   scheduler.shared_bytes = shared;
   scheduler.error.clear();
   scheduler.host = Fiber{};
-  record.launches.push_back({name, blocks, threads, static_cast<int64_t>(shared)});
+  record.launches.push_back({name, blocks, threads, static_cast<int64_t>(shared), 0, 0, 0, 0, 0});
 
   // Of exactly this size, so that AddressSanitizer sees the first byte beyond it.
   void* memory = nullptr;

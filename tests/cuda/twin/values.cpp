@@ -30,6 +30,21 @@ void load(Operands* const* lanes, bool transposed) {
   }
 }
 
+int conflicts(Operands* const* lanes, const char* shared) {
+  int more = 0;
+  for (int matrix = 0; matrix < 4; matrix++) {
+    int most = 0, rows_of[8] = {};
+    for (int i = 0; i < 8; i++) {
+      const std::ptrdiff_t row = (static_cast<const char*>(lanes[8 * matrix + i]->a) - shared) / 16;
+      bool again = false;  // the same row twice is read once
+      for (int j = 0; j < i; j++) again = again || lanes[8 * matrix + j]->a == lanes[8 * matrix + i]->a;
+      if (!again && ++rows_of[row % 8] > most) most = rows_of[row % 8];
+    }
+    more += most - 1;
+  }
+  return more;
+}
+
 void multiply(Operands* const* lanes, bool bfloat16) {
   float a[16][16], b[16][8], d[16][8];
   const int depth = bfloat16 ? 16 : 8;

@@ -15,6 +15,8 @@ struct Operands {
 
 void exchange_values(Collective kind, Operands* const* lanes);
 void load(Operands* const* lanes, bool transposed);
+// Of the four matrices that are loaded: how often more than once a bank of 16 bytes is asked for another row.
+int conflicts(Operands* const* lanes, const char* shared);
 void multiply(Operands* const* lanes, bool bfloat16);
 
 }  // namespace xattn::cuda::twin
