@@ -109,8 +109,8 @@ BUGS = [
     Bug(
         "vectors are wider than alignment allows",
         "cuda/tile.h",
-        "return write_tile<4>(view, place, from);",
-        "return write_tile<16>(view, place, from);",
+        "return write_tile<4, E>(view, place, from);",
+        "return write_tile<16, E>(view, place, from);",
         "linear_fwd.cu",
         ("float32",),
         words="misaligned address",
@@ -132,11 +132,11 @@ def module() -> Path:
     return build.build()
 
 
-def start(module: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(module: Path, *arguments: str, asan: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(build.TWIN / "linear.py"), *arguments],
         cwd=build.ROOT,
-        env={**build.environment(), "XATTN_TWIN_MODULE": str(module)},
+        env={**build.environment(asan), "XATTN_TWIN_MODULE": str(module)},
         capture_output=True,
         text=True,
     )
@@ -147,8 +147,9 @@ def test_runs_without_a_bug_are_right(module: Path) -> None:
     assert done.stdout.strip() == "right", done.stdout + done.stderr[-5000:]
 
 
-def test_every_barrier_and_every_wait_is_needed(module: Path) -> None:
-    done = start(module, "places")
+def test_every_barrier_and_every_wait_is_needed() -> None:
+    """Without it results change or threads race; with all of them there is no race."""
+    done = start(build.build(asan=False, races=True), "places", asan=False)
     assert done.returncode == 0, done.stderr[-5000:]
     passed, not_needed = json.loads(done.stdout)
     assert not_needed == []

@@ -22,8 +22,21 @@ SEEDS = range(20)
 LANES = torch.arange(32)
 
 
+#: Kernels with a race, and the two accesses that it is between, by what stands in their lines.
+RACES = {
+    "rotate_early": ("void rotate(", "memory[i] =", "memory[(i + 1)"),
+    "rotate_twice_early": ("void rotate_twice(", "memory[i] =", "memory[(i + 1)"),
+    "rotate_warp_early": ("void rotate_warp(", "memory[i] =", "memory[(i + 1)"),
+    "rotate_shuffled": ("rotate_shuffled_kernel", "memory[i] =", "memory[next]"),
+    "load_early": ("load_early_kernel", "[thread_index()] = 0.0f", "load_matrices(r"),
+    "copy_early": ("copy_early_kernel", "copy_async(mine", "+ 4) % 256]"),
+    "wait_late": ("wait_late_kernel", "copy_async(shared", "+ 4) % 256]"),
+}
+
+
 def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("_selftest", path)
+    # Under a name of its own: pybind11 keeps one module of a name.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._selftest", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -526,6 +539,40 @@ def test_a_dropped_wait_is_an_error(module: Any) -> None:
     module.twin_drop("wait", "selftest.cu", line)
     with pytest.raises(RuntimeError, match="returned without wait_copies"):
         run(module, "copy16", number=16, **options)
+
+
+@pytest.fixture(scope="module")
+def watching() -> Any:
+    """The module that errors where threads race."""
+    return load(build.build("_selftest", asan=False, races=True))
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_errors_in_every_order(watching: Any, name: str) -> None:
+    after, *accesses = RACES[name]
+    places = {f"selftest.cu:{line_of(text, after)}" for text in accesses}
+    threads = {"rotate_early": 128, "rotate_twice_early": 128}.get(
+        name, 32 if "rot" in name else 64
+    )
+    for seed in SEEDS:
+        watching.twin_configure(seed=seed)
+        with pytest.raises(RuntimeError, match=r"race at offset .* no barrier") as caught:
+            run(watching, name, torch.ones(256), d=torch.empty(256), threads=threads, shared=1024)
+        assert set(re.findall(r"selftest\.cu:\d+", str(caught.value).splitlines()[0])) >= places
+
+
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [
+        *(("rotate", 128), ("rotate_twice", 128), ("rotate_warp", 32), ("no_race", 64)),
+        *(("groups0", 32), ("copy4", 32), ("order", 64), ("products", 32)),
+    ],
+)
+def test_what_is_no_race_is_no_error(watching: Any, name: str, threads: int) -> None:
+    for seed in SEEDS:
+        watching.twin_configure(seed=seed)
+        a, d = torch.ones(512), torch.zeros(512)
+        run(watching, name, a, d=d, threads=threads, shared=2048, number=2)
 
 
 ALONE = """

@@ -5,6 +5,7 @@ includes, and of the command: what did not change is not compiled again. By hand
 
     python tests/cuda/twin/build.py                # prints the module's path
     python tests/cuda/twin/build.py --asan 0       # without AddressSanitizer
+    python tests/cuda/twin/build.py --races        # errors where two threads race, see races.h
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ ASAN_FLAGS = (
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover=all",
 )
+#: Calls of races.cpp before every access; the sanitizer's own library is not linked.
+RACE_FLAGS = ("-fsanitize=thread",)
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,9 @@ def _prune(days: int = 7) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sources(name: str, asan: bool) -> list[Source]:
-    kernels = (*KERNEL_FLAGS, *(ASAN_FLAGS if asan else ()))
-    layer = [TWIN / file for file in ("twin.cpp", "fiber.cpp", "values.cpp")]
+def _sources(name: str, asan: bool, races: bool) -> list[Source]:
+    kernels = (*KERNEL_FLAGS, *(ASAN_FLAGS if asan else RACE_FLAGS if races else ()))
+    layer = [TWIN / file for file in ("twin.cpp", "fiber.cpp", "values.cpp", "races.cpp")]
     sources = [Source(path, LAYER_FLAGS) for path in layer]
     sources.append(Source(TWIN / "bind.cpp", HOST_FLAGS))
     if name == "_cuda":
@@ -231,6 +234,7 @@ def _sources(name: str, asan: bool) -> list[Source]:
 def build(
     name: str = "_cuda",
     asan: bool = True,
+    races: bool = False,
     changes: Mapping[str, tuple[str, str]] | None = None,
     only: Sequence[str] = (),
     jobs: int = 2,
@@ -240,7 +244,8 @@ def build(
 
     Args:
         name: ``"_cuda"``, the engine; ``"_selftest"``, small kernels that try the layer.
-        asan: whether AddressSanitizer watches the kernels.
+        asan: whether AddressSanitizer and others watch the kernels.
+        races: whether races.h does; without ``asan``.
         changes: files under csrc/ to be changed first: a text that occurs exactly once there, and
             what stands in its place.
         only: the sources (``"linear_fwd.cu"``) that see the changes.
@@ -252,6 +257,8 @@ def build(
         RuntimeError: with the compiler's words.
         ValueError: if a text to be changed does not occur exactly once.
     """
+    if asan and races:
+        raise ValueError("asan, races: expected one of them")
     with _lock(name), contextlib.ExitStack() as stack:
         csrc = CSRC
         if changes:
@@ -278,7 +285,9 @@ def build(
                 return None
 
         # Of a function in several objects, the linker takes the first: the changed one.
-        sources = sorted(_sources(name, asan), key=lambda source: source.path.name not in only)
+        sources = sorted(
+            _sources(name, asan, races), key=lambda source: source.path.name not in only
+        )
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(compile, sources))
         there = [path for path in objects if path is not None]
@@ -293,8 +302,10 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="_cuda", choices=("_cuda", "_selftest"))
     parser.add_argument("--asan", type=int, default=1, choices=(0, 1))
     parser.add_argument("--lenient", action="store_true", help="leave out what does not compile")
+    parser.add_argument("--races", action="store_true", help="watch for races, not with ASan")
     options = parser.parse_args()
+    asan = bool(options.asan) and not options.races
     try:
-        print(build(options.name, bool(options.asan), lenient=options.lenient))
+        print(build(options.name, asan, options.races, lenient=options.lenient))
     except RuntimeError as error:
         sys.exit(f"{error}\nTo go on without: --lenient")

@@ -4,6 +4,7 @@ By hand, with pytest's own arguments after the file::
 
     python tests/cuda/twin/run.py tests/cuda/on_host/linear.py -k widths
     python tests/cuda/twin/run.py --asan 0 tests/cuda/on_host/linear.py
+    python tests/cuda/twin/run.py --races tests/cuda/on_host/linear.py
     python tests/cuda/twin/run.py --lenient ...    # without sources that do not compile
 """
 
@@ -38,11 +39,12 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("--asan", type=int, default=1, choices=(0, 1))
+    parser.add_argument("--races", action="store_true")
     parser.add_argument("--lenient", action="store_true")
     options, arguments = parser.parse_known_args()
-    asan = bool(options.asan)
+    asan = bool(options.asan) and not options.races
     try:
-        module = build.build(asan=asan, lenient=options.lenient)
+        module = build.build(asan=asan, races=options.races, lenient=options.lenient)
     except RuntimeError as error:
         sys.exit(f"{error}\nTo go on without: --lenient")
     return run(module, arguments, asan, capture=False).returncode

@@ -175,6 +175,56 @@ XATTN_DEVICE void rotate_warp(const Arguments& args) {
 XATTN_KERNEL(32, 1) rotate_warp_kernel(XATTN_PARAMETER Arguments args) { rotate_warp<true>(args); }
 XATTN_KERNEL(32, 1) rotate_warp_early_kernel(XATTN_PARAMETER Arguments args) { rotate_warp<false>(args); }
 
+// Lanes that only a shuffle keeps apart, which orders nothing in memory.
+XATTN_KERNEL(32, 1) rotate_shuffled_kernel(XATTN_PARAMETER Arguments args) {
+  float* memory = shared<float>();
+  const int i = thread_index();
+  memory[i] = args.a_as<float>()[i];
+  const int next = shuffle_xor((i + 31) % 32, 0);
+  args.d_as<float>()[i] = memory[next];
+}
+// Many read and nobody writes; every thread uses what is its own; barriers of warps are enough for warps.
+XATTN_KERNEL(64, 1) no_race_kernel(XATTN_PARAMETER Arguments args) {
+  float* memory = shared<float>();
+  const int i = thread_index(), first = warp() * kWarp;
+  if (i == 0) memory[64] = args.a_as<float>()[0];
+  for (int round = 0; round < 3; round++) {
+    memory[i] = args.a_as<float>()[i];
+    memory[i] += 1.0f;
+    sync_warp();
+    float sum = 0.0f;
+    for (int j = 0; j < kWarp; j++) sum += memory[first + j];
+    sync_warp();
+    args.d_as<float>()[i] = sum;
+  }
+  sync_threads();
+  args.d_as<float>()[i] += memory[64];
+}
+// A matrix is loaded by others than have written it; a buffer is filled while others read it.
+XATTN_KERNEL(64, 1) load_early_kernel(XATTN_PARAMETER Arguments args) {
+  shared<float>()[thread_index()] = 0.0f;
+  uint32_t r[4];
+  load_matrices(r, shared_memory() + thread_index() % 8 * 16);
+  args.d_as<uint32_t>()[thread_index()] = r[0];
+}
+XATTN_KERNEL(64, 1) copy_early_kernel(XATTN_PARAMETER Arguments args) {
+  float* mine = shared<float>() + 4 * thread_index();
+  mine[0] = args.a_as<float>()[0];
+  sync_threads();
+  args.d_as<float>()[thread_index()] = shared<float>()[(4 * thread_index() + 4) % 256];
+  copy_async(mine, args.a_as<float>());
+  commit_copies();
+  wait_copies<0>();
+}
+// A barrier before a wait is none after it.
+XATTN_KERNEL(64, 1) wait_late_kernel(XATTN_PARAMETER Arguments args) {
+  copy_async(shared<float>() + 4 * thread_index(), args.a_as<float>());
+  commit_copies();
+  sync_threads();
+  wait_copies<0>();
+  args.d_as<float>()[thread_index()] = shared<float>()[(4 * thread_index() + 4) % 256];
+}
+
 // Each thread copies kSize bytes of `a`, `number` of them, and gives them back.
 template <int kSize>
 XATTN_DEVICE void copy(const Arguments& args, int skew_to, int skew_from) {
@@ -322,6 +372,11 @@ const Kernel kKernels[] = {
     KERNEL(rotate_twice_early),
     KERNEL(rotate_warp),
     KERNEL(rotate_warp_early),
+    KERNEL(rotate_shuffled),
+    KERNEL(no_race),
+    KERNEL(load_early),
+    KERNEL(copy_early),
+    KERNEL(wait_late),
     KERNEL(copy4),
     KERNEL(copy8),
     KERNEL(copy16),

@@ -11,6 +11,7 @@
 
 #include "control.h"
 #include "fiber.h"
+#include "races.h"
 #include "values.h"
 
 extern "C" {
@@ -140,13 +141,17 @@ std::string everybody() {
   return lines;
 }
 
-// Ends the launch with an error. What waits is left where it is.
+}  // namespace
+
+// What waits is left where it is.
 [[noreturn]] void fail(const std::string& what) {
   scheduler.error = std::string(scheduler.name) + ": block " + std::to_string(block.index) + ", thread " +
                     std::to_string(thread->index) + ": " + what + everybody();
   switch_fiber(self().fiber, scheduler.host);
   std::abort();
 }
+
+namespace {
 
 void set_runnable(int warp, uint32_t lanes) {
   scheduler.warps[warp].runnable = lanes;
@@ -272,6 +277,7 @@ void rendezvous(Collective kind, Site site, const Operands& operands) {
   if (kind == Collective::kLoad || kind == Collective::kLoadTransposed) {
     const std::string fault = fault_of(operands.a, 16);
     if (!fault.empty()) fail(here() + ": " + fault);
+    touch(operands.a, 16, false, site);
   }
   me.operands = operands;
   me.site = site;
@@ -280,6 +286,7 @@ void rendezvous(Collective kind, Site site, const Operands& operands) {
   warp.number = operands.number;
   warp.met |= 1u << me.lane;
   if (warp.met != 0xFFFFFFFFu) return block_lane(me, warp);
+  if (kind == Collective::kSync) pass_warp(me.warp);
   Operands* lanes[kWarp];
   for (int i = 0; i < kWarp; i++) lanes[i] = &scheduler.workers[me.warp * kWarp + i]->operands;
   compute(kind, lanes);
@@ -327,6 +334,7 @@ void enter() {
 
 void run_block(int index) {
   block.index = index;
+  pass_barrier();
   spoil(block.shared, scheduler.shared_bytes);
   scheduler.waiting = scheduler.returned = 0;
   scheduler.runnable = 0;
@@ -392,6 +400,7 @@ void barrier(Site site) {
   warp.waiting |= 1u << me.lane;
   if (++scheduler.waiting < block.threads) return block_lane(me, warp);
   scheduler.waiting = 0;
+  pass_barrier();
   for (int i = 0; i < block.threads / kWarp; i++) {
     scheduler.warps[i].waiting = 0;
     set_runnable(i, 0xFFFFFFFFu);
@@ -420,6 +429,7 @@ void copy(Site site, void* shared, const void* global, int size, int bytes) {
     }
   }
   record.launches.back().copied_bytes += bytes;
+  touch(shared, static_cast<size_t>(size), true, site);
   me.copies.push_back(
       {static_cast<char*>(shared), static_cast<const char*>(global), size, bytes, me.groups, false, site});
   if (draw() >> 20 & 1) {
@@ -437,7 +447,10 @@ void wait(Site site, int pending) {
   if (dropped("wait", site)) return;
   auto& copies = me.copies;
   size_t ready = 0;
-  for (; ready < copies.size() && copies[ready].group < me.groups - pending; ready++) land(copies[ready]);
+  for (; ready < copies.size() && copies[ready].group < me.groups - pending; ready++) {
+    touch(copies[ready].shared, static_cast<size_t>(copies[ready].size), true, copies[ready].site);
+    land(copies[ready]);
+  }
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(ready));
 }
 
@@ -467,10 +480,13 @@ void start(const void* kernel, Call call, const char* name, int blocks, int thre
   for (int i = blocks - 1; i > 0; i--) {
     std::swap(order[static_cast<size_t>(i)], order[static_cast<size_t>((draw() >> 20) % static_cast<uint64_t>(i + 1))]);
   }
+  watch(block.shared, shared);
   for (const int index : order) {
     run_block(index);
-    if (!scheduler.error.empty()) throw std::runtime_error(scheduler.error);
+    if (!scheduler.error.empty()) break;
   }
+  watch(nullptr, 0);
+  if (!scheduler.error.empty()) throw std::runtime_error(with_places(scheduler.error));
 }
 
 void configure(const Settings& fresh) {
