@@ -86,6 +86,14 @@ void run_pyramid(const Context& context, int dtype, int64_t batch, int64_t hidde
           {Dtype(weight_dtype), span(weights), view(classifier)}, call(context));
 }
 
+void block_forward(const Context& context, int dtype, int64_t batch, int64_t channels, double eps,
+                   const Views& features, int64_t packed, int64_t sets, const Integers& edges, const Views& outputs) {
+  const EdgeIndex index(edges, 4, features.size(), features.size(), outputs.size());
+  cuda::block_forward(
+      {Dtype(dtype), batch, channels, eps, span(features), span(outputs), index.list(), pointer(packed)}, sets,
+      call(context));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -108,6 +116,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("softmax_forward", &softmax_forward, release());
   module.def("pyramid_forward", &run_pyramid<&cuda::pyramid_forward>, release());
   module.def("pyramid_classify", &run_pyramid<&cuda::pyramid_classify>, release());
+  module.def("block_forward", &block_forward, release());
 }
 
 }  // namespace xattn

@@ -22,4 +22,7 @@ void pyramid_forward(const PyramidProblem& problem, const PyramidWeights& weight
 // The output of a stored z.
 void pyramid_classify(const PyramidProblem& problem, const PyramidWeights& weights, const Call& call);
 
+// `sets` of weights, packed as block.h has it.
+void block_forward(const BlockProblem& problem, int64_t sets, const Call& call);
+
 }  // namespace xattn::cuda

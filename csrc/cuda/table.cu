@@ -34,6 +34,10 @@ int TableBuilder::add(const std::vector<int64_t>& numbers) {
   return begin;
 }
 
+void TableBuilder::set(int first, int64_t slot, const View& view) {
+  std::memcpy(numbers_.data() + first + 5 * slot, &view, sizeof(view));
+}
+
 int TableBuilder::add_lists(const std::vector<std::vector<int64_t>>& lists) {
   const int begin = static_cast<int>(numbers_.size());
   int64_t next = begin + static_cast<int64_t>(lists.size()) + 1;

@@ -59,6 +59,8 @@ class TableBuilder {
   // Where the numbers of these begin in the table.
   int add(Span<const View> views);
   int add(const std::vector<int64_t>& numbers);
+  // View `slot` of those that begin at `first`, where scratch memory had to be allocated first.
+  void set(int first, int64_t slot, const View& view);
   // Lists one after another: list i is numbers [table[begin + i], table[begin + i + 1]) of the table.
   int add_lists(const std::vector<std::vector<int64_t>>& lists);
   // To be called before scratch memory is allocated.

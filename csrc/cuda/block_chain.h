@@ -1,0 +1,317 @@
+// Projections of tokens that never leave a warp's registers, in bfloat16.
+//
+// A warp has a tile of tokens x. The result of x W^T, tokens as rows, has in its lanes what the next product wants
+// of an operand, once rounded and packed in pairs: tokens as rows of a left one (h W^T, with tokens as rows again)
+// or as columns of a right one (W h, with tokens as columns). So chains of projections read nothing but weights
+// from shared memory, 512 bytes for two products of 16 x 8 x 16 for every 16 tokens.
+//
+// Weights lie in cores of 8 x 8 elements, 128 bytes side by side: (rows / 8, columns / 8, 8, 8).
+#pragma once
+
+#include "maths.h"
+#include "tile.h"
+
+namespace xattn::cuda {
+
+// kWidth: channels that kernels have room for, a multiple of 8; kFrom: from how many on they are used; kExact:
+// whether loops run over kWidth whatever the channels are.
+template <int kWidth_, int kFrom_, int kTokens_, bool kExact_>
+struct Shape {
+  static constexpr int kWidth = kWidth_, kFrom = kFrom_, kTokens = kTokens_;
+  static constexpr bool kExact = kExact_;
+  static constexpr int kTiles = (kWidth + 15) / 16, kHalves = kWidth / 8, kPadded = 16 * kTiles;
+  static constexpr int kBlocks = kTokens / 16;
+  static_assert(kExact || kWidth % 16 == 0, "tiles of 16 channels are left out, not halves of them");
+};
+
+// Channels of a call: how many, and rounded up to whole tiles of 16.
+struct Channels {
+  int count, padded;
+};
+template <class S>
+XATTN_DEVICE int tiles(const Channels& channels) {
+  return S::kExact ? S::kTiles : channels.padded / 16;
+}
+
+// Tokens by channels: elements (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8) and their right neighbours
+// of blocks of 16 tokens and tiles of 16 channels, with g = lane / 4 and t = lane % 4.
+template <class S>
+struct Fragments {
+  uint32_t v[S::kBlocks][S::kTiles][4];
+};
+
+// Sums of 16 channels of all tokens. Tokens as rows: v[i][h] has tokens 16 i + g and + 8, channels 8 h + 2 t and
+// + 1. As columns: channels g and g + 8, tokens 16 i + 8 h + 2 t and + 1.
+template <class S>
+struct Sums {
+  float v[S::kBlocks][2][4];
+};
+
+// softplus for results that are rounded to bfloat16: relative error 6e-5.
+XATTN_DEVICE float softplus_bfloat16(float x) {
+  constexpr float c[] = {0.9999432563781738f, -0.4969778060913086f, 0.30630093812942505f, -0.15742720663547516f,
+                         0.04134730249643326f};
+  const float t = exp2_approximate(-kLog2E * (x < 0.0f ? -x : x));
+  return fused_multiply_add(t, polynomial(t, c), larger(x, 0.0f));
+}
+
+// Where this lane reads a core of a tile of 16 x 16 weights: of tile k of a row of tiles, 128 elements further each.
+XATTN_DEVICE int weight_offset(int padded) {
+  const int core = lane() / 8, row = lane() % 8;
+  return core % 2 * 8 * padded + core / 2 * 64 + row * 8;
+}
+
+// sums += x W^T, of a row of tiles of W at `w` (weight_offset added).
+template <bool kColumns, class S>
+XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels) {
+  // Of few tokens, two sums at a time: products that wait for each other keep the tensor cores waiting.
+  constexpr int kParts = S::kBlocks == 1 ? 2 : 1;
+  Sums<S> odd{};
+  XATTN_UNROLL
+  for (int k = 0; k < S::kTiles; ++k) {
+    if (!S::kExact && k >= tiles<S>(channels)) continue;
+    uint32_t a[4];
+    load_matrices(a, w + k * 128);
+    Sums<S>& to = kParts == 2 && k % 2 == 1 ? odd : sums;
+    XATTN_UNROLL
+    for (int i = 0; i < S::kBlocks; ++i) {
+      const uint32_t (&b)[4] = x.v[i][k];
+      if constexpr (kColumns) {
+        multiply_bfloat16(to.v[i][0], a, {b[0], b[2]});
+        multiply_bfloat16(to.v[i][1], a, {b[1], b[3]});
+      } else {
+        multiply_bfloat16(to.v[i][0], b, {a[0], a[2]});
+        multiply_bfloat16(to.v[i][1], b, {a[1], a[3]});
+      }
+    }
+  }
+  if constexpr (kParts == 2) {
+    XATTN_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      XATTN_UNROLL
+      for (int e = 0; e < 4; ++e) sums.v[0][h][e] += odd.v[0][h][e];
+    }
+  }
+}
+
+// Sums that begin with the biases of 16 channels.
+template <bool kColumns, class S>
+XATTN_DEVICE void begin_with(Sums<S>& sums, const float* bias) {
+  const int g = lane() / 4, t = lane() % 4;
+  XATTN_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const float low = kColumns ? bias[g] : bias[8 * h + 2 * t];
+    const float high = kColumns ? bias[g + 8] : bias[8 * h + 2 * t + 1];
+    XATTN_UNROLL
+    for (int i = 0; i < S::kBlocks; ++i) {
+      sums.v[i][h][0] = low;
+      sums.v[i][h][1] = kColumns ? low : high;
+      sums.v[i][h][2] = kColumns ? high : low;
+      sums.v[i][h][3] = high;
+    }
+  }
+}
+
+// Two channels from `channel` on that are beyond the last one become zero: products with weights that are zero
+// there would otherwise make NaN of infinities.
+XATTN_DEVICE uint32_t within(uint32_t pair, int channel, const Channels& channels) {
+  return channel + 1 < channels.count ? pair : channel < channels.count ? pair & 0xFFFFu : 0u;
+}
+
+enum class Activation { kRelu, kSoftplus };
+
+// Both elements of a pair at once.
+template <Activation kActivation>
+XATTN_DEVICE uint32_t activate(float low, float high) {
+  return kActivation == Activation::kRelu ? pack_bfloat16_relu(low, high)
+                                          : pack_bfloat16(softplus_bfloat16(low), softplus_bfloat16(high));
+}
+
+// Sums with tokens as rows to tile j of an operand.
+template <Activation kActivation, class S>
+XATTN_DEVICE void activate(const Sums<S>& sums, int j, const Channels& channels, Fragments<S>& to) {
+  XATTN_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int channel = 16 * j + 8 * h;
+    XATTN_UNROLL
+    for (int i = 0; i < S::kBlocks; ++i) {
+      XATTN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        uint32_t& pair = to.v[i][j][2 * h + r];
+        if (channel >= S::kWidth) {
+          pair = 0;
+          continue;
+        }
+        pair = activate<kActivation>(sums.v[i][h][2 * r], sums.v[i][h][2 * r + 1]);
+        if (channel + 8 > S::kFrom) pair = within(pair, channel + 2 * (lane() % 4), channels);
+      }
+    }
+  }
+}
+
+// to = activation(x W^T + b). `rows(j)` gives a row of 16 x 16 tiles of W in shared memory.
+template <Activation kActivation, class S, class Rows>
+XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channels& channels, const Rows& rows,
+                          Fragments<S>& to) {
+  const int offset = weight_offset(S::kExact ? S::kPadded : channels.padded);
+  XATTN_UNROLL
+  for (int j = 0; j < S::kTiles; ++j) {
+    if (!S::kExact && j >= tiles<S>(channels)) continue;
+    Sums<S> sums;
+    begin_with<false>(sums, bias + 16 * j);
+    multiply<false>(sums, x, rows(j) + offset, channels);
+    activate<kActivation>(sums, j, channels, to);
+  }
+}
+
+// Tokens and channels in a warp's own part of shared memory, lying as they do in global memory. Of rows of
+// tokens, pieces of 16 bytes are exchanged, of rows of channels there is an odd number: eight neighbouring rows
+// are in different banks.
+template <int kTokens>
+struct Slab {
+  BFloat16* data;
+  int row;  // elements of a row of channels
+  bool token_minor;
+
+  static XATTN_BOTH constexpr int row_of(int channels) { return (channels / 8 | 1) * 8; }
+  static XATTN_BOTH constexpr int bytes(int channels) {
+    return static_cast<int>(sizeof(BFloat16)) * kTokens * row_of(channels);
+  }
+  static XATTN_DEVICE Slab make(char* data, int channels, bool token_minor) {
+    return {reinterpret_cast<BFloat16*>(data), row_of(channels), token_minor};
+  }
+  // Element i of a row.
+  XATTN_DEVICE BFloat16* at(int r, int i) const {
+    if (!token_minor) return data + r * row + i;
+    const int other = kTokens == 32 ? r / 2 % 4 : r / 4 % 2;
+    return data + r * kTokens + ((i / 8 ^ other) * 8 + i % 8);
+  }
+};
+
+// What of a tensor a slab has: `channels` from `channel` on of `tokens` from `token` on.
+struct Part {
+  int64_t batch, token;
+  int channel, channels, tokens;
+};
+
+template <int kBytes, int kColumns, int kTokens>
+XATTN_DEVICE void copy_rows(const char* from, int64_t step, int rows, int valid_rows, int valid,
+                            const Slab<kTokens>& to) {
+  constexpr int kPer = kBytes / 2, kPieces = kColumns / kPer;
+  XATTN_KEEP_LOOP
+  for (int i = lane(); i < rows * kPieces; i += kWarp) {
+    const int row = i / kPieces, column = i % kPieces * kPer;
+    const int left = row < valid_rows ? valid - column : 0;
+    const int count = left < 0 ? 0 : left > kPer ? kPer : left;
+    copy_async<kBytes>(to.at(row, column), count > 0 ? from + row * step + 2 * column : from, 2 * count);
+  }
+}
+
+template <int kBytes, int kWidth, int kTokens>
+XATTN_DEVICE void copy_part(const View& view, const char* from, const Part& part, int width, const Slab<kTokens>& to) {
+  if (to.token_minor)
+    copy_rows<kBytes, kTokens>(from, 2 * view.channel_stride, width, part.channels, part.tokens, to);
+  else
+    copy_rows<kBytes, kWidth>(from, 2 * view.token_stride, kTokens, part.tokens, part.channels, to);
+}
+
+// From global memory, zero beyond the part. `width` channels in rows of tokens, kWidth of them in rows of
+// channels. To be committed, waited for, and then seen by the warp after sync_warp.
+template <int kWidth, int kTokens>
+XATTN_DEVICE void load_part(const View& view, const Access& access, const Part& part, int width,
+                            const Slab<kTokens>& to) {
+  const int64_t first =
+      part.batch * view.batch_stride + part.channel * view.channel_stride + part.token * view.token_stride;
+  const char* from = part.tokens > 0 ? view.data + 2 * first : view.data;
+  switch (access.bytes) {
+    case 16:
+      return copy_part<16, kWidth>(view, from, part, width, to);
+    case 8:
+      return copy_part<8, kWidth>(view, from, part, width, to);
+    case 4:
+      return copy_part<4, kWidth>(view, from, part, width, to);
+  }
+  XATTN_KEEP_LOOP
+  for (int i = lane(); i < kTokens * width; i += kWarp) {
+    const int token = i % kTokens, channel = i / kTokens;
+    BFloat16 x{0};
+    if (channel < part.channels && token < part.tokens)
+      x = reinterpret_cast<const BFloat16*>(from)[channel * view.channel_stride + token * view.token_stride];
+    *(to.token_minor ? to.at(channel, token) : to.at(token, channel)) = x;
+  }
+}
+
+template <int kBytes, int kColumns, int kTokens>
+XATTN_DEVICE void write_rows(char* to, int64_t step, int rows, int valid, const Slab<kTokens>& from) {
+  constexpr int kPer = kBytes / 2, kPieces = kColumns / kPer;
+  struct alignas(kBytes) Vector {
+    BFloat16 x[kPer];
+  };
+  XATTN_KEEP_LOOP
+  for (int i = lane(); i < rows * kPieces; i += kWarp) {
+    const int row = i / kPieces, column = i % kPieces * kPer;
+    if (column >= valid) continue;
+    const BFloat16* here = from.at(row, column);
+    BFloat16* there = reinterpret_cast<BFloat16*>(to + row * step) + column;
+    if (column + kPer <= valid) {
+      *reinterpret_cast<Vector*>(there) = *reinterpret_cast<const Vector*>(here);
+    } else {
+      for (int j = 0; j < valid - column; ++j) there[j] = here[j];
+    }
+  }
+}
+
+template <int kBytes, int kWidth, int kTokens>
+XATTN_DEVICE void write_part(const View& view, char* to, const Part& part, const Slab<kTokens>& from) {
+  if (from.token_minor)
+    write_rows<kBytes, kTokens>(to, 2 * view.channel_stride, part.channels, part.tokens, from);
+  else
+    write_rows<kBytes, kWidth>(to, 2 * view.token_stride, part.tokens, part.channels, from);
+}
+
+// A part of at most kWidth channels to global memory.
+template <int kWidth, int kTokens>
+XATTN_DEVICE void store_part(const View& view, const Access& access, const Part& part, const Slab<kTokens>& from) {
+  if (part.tokens <= 0) return;
+  const int64_t first =
+      part.batch * view.batch_stride + part.channel * view.channel_stride + part.token * view.token_stride;
+  char* to = view.data + 2 * first;
+  switch (access.bytes) {
+    case 16:
+      return write_part<16, kWidth>(view, to, part, from);
+    case 8:
+      return write_part<8, kWidth>(view, to, part, from);
+    case 4:
+      return write_part<4, kWidth>(view, to, part, from);
+  }
+  XATTN_KEEP_LOOP
+  for (int i = lane(); i < kTokens * part.channels; i += kWarp) {
+    const int token = i % kTokens, channel = i / kTokens;
+    if (token < part.tokens)
+      reinterpret_cast<BFloat16*>(to)[channel * view.channel_stride + token * view.token_stride] =
+          *(from.token_minor ? from.at(channel, token) : from.at(token, channel));
+  }
+}
+
+// All of a slab's tokens and channels as an operand.
+template <class S>
+XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, Fragments<S>& x) {
+  const int core = lane() / 8, row = lane() % 8;
+  XATTN_UNROLL
+  for (int k = 0; k < S::kTiles; ++k) {
+    if (!S::kExact && k >= tiles<S>(channels)) continue;
+    const bool whole = 16 * k + 8 < S::kWidth;
+    const int channel = 16 * k + (whole ? core / 2 * 8 : 0);
+    XATTN_UNROLL
+    for (int i = 0; i < S::kBlocks; ++i) {
+      const int token = 16 * i + core % 2 * 8;
+      if (from.token_minor)
+        load_matrices_transposed(x.v[i][k], from.at(channel + row, token));
+      else
+        load_matrices(x.v[i][k], from.at(token + row, channel));
+      if (!whole) x.v[i][k][2] = x.v[i][k][3] = 0;
+    }
+  }
+}
+
+}  // namespace xattn::cuda

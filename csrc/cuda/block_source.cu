@@ -1,0 +1,375 @@
+// Sources of the cross-attention block in bfloat16: sums S = sum_n v_n k_n^T, Z = sum_n k_n of chunks of tokens.
+//
+//   h = relu(W_k1 x + b)    k = softplus(W_k2 h + b)    v = relu(W_v x + b)
+//
+// Plan: a block has a chunk of tokens of a pair of source and weights, and the pair's three matrices in shared
+// memory. A warp takes 32 tokens at a time, the next ones on their way, and projects them in registers
+// (block_chain.h); products with tokens as columns are, once packed, the operands of S. Up to 48 channels a warp
+// keeps S of its own, and there is no barrier but around a chunk. Up to 96, keys and values go through shared memory
+// as fragments, and warps divide S by rows, columns and tokens. Z is one row more of S where there is room in its
+// last tile: that of a value which is one.
+#include "block.h"
+#include "block_stream.h"
+
+namespace xattn::cuda {
+namespace {
+
+constexpr uint32_t kOnes = 0x3F803F80;
+
+struct Arguments {
+  Table table;
+  PackedBlock packed;
+  int64_t batch, pairs, channels, chunk, per_slot, works;
+  int features, list, first;
+  float* partial;
+};
+
+template <int kSize>
+struct alignas(4 * kSize) Words {
+  uint32_t v[kSize];
+};
+
+// Warps by rows, columns and tokens of S; kShare: whether they exchange keys and values.
+template <int kWidth, int kFrom, int kWarps_, int kResident_, bool kShare_, int kRowGroups_, int kColumnGroups_>
+struct Plan {
+  using S = Shape<kWidth, kFrom, 32, true>;
+  static constexpr int kWarps = kWarps_, kResident = kResident_, kThreads = kWarp * kWarps;
+  static constexpr bool kShare = kShare_;
+  static constexpr int kRowGroups = kRowGroups_, kColumnGroups = kColumnGroups_;
+  static constexpr int kRows = (S::kTiles + kRowGroups - 1) / kRowGroups;
+  static constexpr int kColumns = (S::kHalves + kColumnGroups - 1) / kColumnGroups;
+  static constexpr bool kZRow = S::kWidth % 16 == 8;
+  static constexpr int kTile = kWarps * S::kTokens;
+  // Bytes: matrices, biases, features of a warp, keys and values of a warp; sums, where features were.
+  static constexpr int kMatrix = S::kPadded * S::kPadded * 2;
+  static constexpr int kBiases = 3 * kMatrix, kSlabs = kBiases + 3 * S::kPadded * 4;
+  static constexpr int kSlab = Slab<S::kTokens>::bytes(S::kWidth);
+  static constexpr int kValueWords = S::kBlocks * S::kTiles * 128, kKeyWords = S::kBlocks * S::kHalves * 64;
+  static constexpr int kExchange = kShare ? 4 * (kValueWords + kKeyWords) : 0;
+  static constexpr int kSumRow = 8 * S::kHalves, kSums = (16 * S::kTiles + 1) * kSumRow * 4;
+  static constexpr int kParts = kWarps * (kSlab + kExchange);
+  static constexpr int kBytes = kSlabs + (kParts > kSums ? kParts : kSums);
+  static_assert(kSlabs % 16 == 0 && kSlab % 16 == 0, "rows of operands begin at multiples of 16 bytes");
+};
+
+template <class Plan>
+class Block {
+ public:
+  using S = typename Plan::S;
+  static constexpr int kTokens = S::kTokens;
+
+  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args) {
+    pair_ = work % args.pairs;
+    work /= args.pairs;
+    chunk_ = work % args.per_slot;
+    batch_ = work / args.per_slot;
+    x_ = args.table.view(args.features, args.table[args.list + 2 * pair_]);
+    begin_ = chunk_ * args.chunk;
+    end_ = begin_ + args.chunk < x_.tokens ? begin_ + args.chunk : x_.tokens;
+    channels_ = {static_cast<int>(args.channels), S::kPadded};
+  }
+
+  XATTN_DEVICE void run() {
+    if (begin_ >= end_) return;
+    access_ = access<BFloat16>(x_, Dtype::kBFloat16);
+    load_weights();
+    load(0);
+    commit_copies();
+    wait_copies<0>();
+    sync_threads();
+    clear();
+    XATTN_KEEP_LOOP
+    for (int number = 0; begin_ + number * Plan::kTile < end_; ++number) {
+      // Of warps that share nothing, each ends with its last token.
+      if (!Plan::kShare && token(number) >= end_) break;
+      project_tile(number);
+      if constexpr (Plan::kShare) {
+        sync_threads();
+        add_shared();
+        sync_threads();
+      }
+    }
+    wait_copies<0>();
+    sync_threads();
+    add_up();
+  }
+
+ private:
+  XATTN_DEVICE int64_t token(int number) const {
+    return begin_ + (static_cast<int64_t>(number) * Plan::kWarps + warp()) * kTokens;
+  }
+  XATTN_DEVICE int tokens(int number) const {
+    const int64_t left = end_ - token(number);
+    return left > kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
+  }
+  XATTN_DEVICE Slab<kTokens> slab() const {
+    return Slab<kTokens>::make(shared_memory() + Plan::kSlabs + warp() * Plan::kSlab, S::kWidth, access_.token_minor);
+  }
+  XATTN_DEVICE const BFloat16* rows(int matrix, int tile) const {
+    return reinterpret_cast<const BFloat16*>(shared_memory()) + (matrix * S::kPadded + 16 * tile) * S::kPadded;
+  }
+  XATTN_DEVICE const float* bias(int matrix) const {
+    return reinterpret_cast<const float*>(shared_memory() + Plan::kBiases) + matrix * S::kPadded;
+  }
+  // Fragments of a warp: values by block of tokens and tile of channels, keys by block and half a tile.
+  XATTN_DEVICE Words<4>* values(int warp, int i, int m) const {
+    char* base = shared_memory() + Plan::kSlabs + Plan::kWarps * Plan::kSlab + warp * Plan::kExchange;
+    return reinterpret_cast<Words<4>*>(base) + (i * S::kTiles + m) * kWarp + lane();
+  }
+  XATTN_DEVICE Words<2>* keys(int warp, int i, int n) const {
+    return reinterpret_cast<Words<2>*>(values(warp, 0, 0) - lane() + Plan::kValueWords / 4) +
+           (i * S::kHalves + n) * kWarp + lane();
+  }
+
+  XATTN_DEVICE void load_weights() const {
+    const int64_t set = args_.table[args_.list + 2 * pair_ + 1] * kProjections + kKey1;
+    const int padded = static_cast<int>(padded_channels(args_.channels));
+    XATTN_KEEP_LOOP
+    for (int i = 0; i < 3; ++i)
+      copy_matrix(shared_memory() + i * Plan::kMatrix, S::kPadded,
+                  args_.packed.matrices + (set + i) * padded * padded * 2, padded);
+    copy_biases(reinterpret_cast<float*>(shared_memory() + Plan::kBiases), S::kPadded,
+                args_.packed.biases + set * padded, padded, 3);
+  }
+
+  XATTN_DEVICE void load(int number) const {
+    load_part<S::kWidth>(x_, access_, {batch_, token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab());
+  }
+
+  XATTN_DEVICE void clear() {
+    XATTN_UNROLL
+    for (int m = 0; m < Plan::kRows; ++m) {
+      XATTN_UNROLL
+      for (int n = 0; n < Plan::kColumns; ++n) {
+        XATTN_UNROLL
+        for (int e = 0; e < 4; ++e) sum_[m][n][e] = 0.0f;
+      }
+    }
+    XATTN_UNROLL
+    for (int m = 0; m < S::kTiles; ++m) z_[m][0] = z_[m][1] = 0.0f;
+  }
+
+  XATTN_DEVICE void project_tile(int number) {
+    wait_copies<0>();
+    sync_warp();
+    Fragments<S> x, h;
+    load_fragments(slab(), channels_, x);
+    sync_warp();
+    load(number + 1);
+    commit_copies();
+    project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return rows(0, j); }, h);
+    const int count = tokens(number);
+    uint32_t key[S::kBlocks][S::kHalves][2];
+    XATTN_UNROLL
+    for (int m = 0; m < S::kTiles; ++m) make_keys(h, m, count, key);
+    XATTN_UNROLL
+    for (int m = 0; m < S::kTiles; ++m) make_values(x, m, key);
+  }
+
+  // k of 16 channels, zero beyond the last token.
+  XATTN_DEVICE void make_keys(const Fragments<S>& h, int m, int count, uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
+    const int t = lane() % 4;
+    Sums<S> sums;
+    begin_with<true>(sums, bias(1) + 16 * m);
+    multiply<true>(sums, h, rows(1, m) + weight_offset(S::kPadded), channels_);
+    XATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int n = 2 * m + r;
+      if (n >= S::kHalves) continue;
+      XATTN_UNROLL
+      for (int i = 0; i < S::kBlocks; ++i) {
+        XATTN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float low = softplus_bfloat16(sums.v[i][half][2 * r]), high = softplus_bfloat16(sums.v[i][half][2 * r + 1]);
+          if (count < kTokens) {
+            if (16 * i + 8 * half + 2 * t >= count) low = 0.0f;
+            if (16 * i + 8 * half + 2 * t + 1 >= count) high = 0.0f;
+          }
+          if (!Plan::kZRow) z_[m][r] += low + high;
+          key[i][n][half] = pack_bfloat16(low, high);
+        }
+        if constexpr (Plan::kShare) *keys(warp(), i, n) = {{key[i][n][0], key[i][n][1]}};
+      }
+    }
+  }
+
+  // v of 16 channels; as it is one operand of S, the product as well unless others compute it.
+  XATTN_DEVICE void make_values(const Fragments<S>& x, int m, const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
+    Sums<S> sums;
+    begin_with<true>(sums, bias(2) + 16 * m);
+    multiply<true>(sums, x, rows(2, m) + weight_offset(S::kPadded), channels_);
+    XATTN_UNROLL
+    for (int i = 0; i < S::kBlocks; ++i) {
+      uint32_t value[4];
+      XATTN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        XATTN_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          uint32_t& pair = value[2 * half + r];
+          pair = pack_bfloat16_relu(sums.v[i][half][2 * r], sums.v[i][half][2 * r + 1]);
+          if (Plan::kZRow && 16 * m + 8 * r + 8 > S::kFrom && 16 * m + 8 * r + lane() / 4 == channels_.count)
+            pair = kOnes;
+        }
+      }
+      if constexpr (Plan::kShare) {
+        *values(warp(), i, m) = {{value[0], value[1], value[2], value[3]}};
+      } else {
+        XATTN_UNROLL
+        for (int n = 0; n < S::kHalves; ++n) multiply_bfloat16(sum_[m][n], value, key[i][n]);
+      }
+    }
+  }
+
+  static XATTN_DEVICE int first_row() { return Plan::kShare ? warp() % Plan::kRowGroups * Plan::kRows : 0; }
+  static XATTN_DEVICE int first_column() {
+    return Plan::kShare ? warp() / Plan::kRowGroups % Plan::kColumnGroups * Plan::kColumns : 0;
+  }
+  static XATTN_DEVICE int token_group() {
+    return Plan::kShare ? warp() / (Plan::kRowGroups * Plan::kColumnGroups) : warp();
+  }
+
+  // This warp's rows and columns of S, of the tokens of its group of warps.
+  XATTN_DEVICE void add_shared() {
+    constexpr int kPer = Plan::kRowGroups * Plan::kColumnGroups;  // warps of a group
+    XATTN_KEEP_LOOP
+    for (int j = 0; j < kPer * S::kBlocks; ++j) {
+      const int from = token_group() * kPer + j / S::kBlocks, i = j % S::kBlocks;
+      uint32_t key[Plan::kColumns][2];
+      XATTN_UNROLL
+      for (int n = 0; n < Plan::kColumns; ++n) {
+        if (first_column() + n >= S::kHalves) continue;
+        const Words<2> words = *keys(from, i, first_column() + n);
+        key[n][0] = words.v[0];
+        key[n][1] = words.v[1];
+      }
+      XATTN_UNROLL
+      for (int m = 0; m < Plan::kRows; ++m) {
+        if (first_row() + m >= S::kTiles) continue;
+        const Words<4> value = *values(from, i, first_row() + m);
+        XATTN_UNROLL
+        for (int n = 0; n < Plan::kColumns; ++n) {
+          if (first_column() + n >= S::kHalves) continue;
+          multiply_bfloat16(sum_[m][n], value.v, key[n]);
+        }
+      }
+    }
+  }
+
+  // Sums of warps one after another, then all of it to global memory.
+  XATTN_DEVICE void add_up() {
+    float* sums = reinterpret_cast<float*>(shared_memory() + Plan::kSlabs);
+    const int g = lane() / 4, t = lane() % 4;
+    const int z_row = Plan::kZRow ? channels_.count : 16 * S::kTiles;
+    XATTN_KEEP_LOOP
+    for (int turn = 0; turn < Plan::kWarps; ++turn) {
+      if (token_group() == turn) add_sums(sums, turn == 0);
+      if (!Plan::kZRow && warp() == turn) {
+        XATTN_UNROLL
+        for (int m = 0; m < S::kTiles; ++m) {
+          XATTN_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            float z = z_[m][r];
+            z += shuffle_xor(z, 1);
+            z += shuffle_xor(z, 2);
+            float& to = sums[z_row * Plan::kSumRow + 16 * m + 8 * r + g];
+            if (t == 0) to = turn == 0 ? z : to + z;
+          }
+        }
+      }
+      sync_threads();
+    }
+    const int channels = channels_.count;
+    float* to = args_.partial + ((args_.table[args_.first + pair_] + chunk_) * args_.batch + batch_) *
+                                    (args_.channels + 1) * args_.channels;
+    for_rows(channels + 1, channels, [&](int row, int column) {
+      to[row * channels + column] = sums[(row < channels ? row : z_row) * Plan::kSumRow + column];
+    });
+    sync_threads();
+  }
+
+  XATTN_DEVICE void add_sums(float* sums, bool first) const {
+    const int g = lane() / 4, t = lane() % 4;
+    XATTN_UNROLL
+    for (int m = 0; m < Plan::kRows; ++m) {
+      if (first_row() + m >= S::kTiles) continue;
+      XATTN_UNROLL
+      for (int n = 0; n < Plan::kColumns; ++n) {
+        if (first_column() + n >= S::kHalves) continue;
+        XATTN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int row = 16 * (first_row() + m) + g + e / 2 * 8, column = 8 * (first_column() + n) + 2 * t + e % 2;
+          float& to = sums[row * Plan::kSumRow + column];
+          to = first ? sum_[m][n][e] : to + sum_[m][n][e];
+        }
+      }
+    }
+  }
+
+  const Arguments& args_;
+  View x_;
+  Access access_;
+  int64_t pair_, chunk_, batch_, begin_, end_;
+  Channels channels_;
+  float sum_[Plan::kRows][Plan::kColumns][4];
+  float z_[S::kTiles][2];
+};
+
+template <class Plan>
+XATTN_KERNEL(Plan::kThreads, Plan::kResident)
+source_kernel(XATTN_PARAMETER Arguments args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+}
+
+struct Kernel {
+  int width, threads, shared, tile;
+  void (*start)(Arguments);
+};
+template <class Plan>
+constexpr Kernel kernel_of() {
+  return {Plan::S::kWidth, Plan::kThreads, Plan::kBytes, Plan::kTile, source_kernel<Plan>};
+}
+
+// The narrowest that is wide enough and fits this device; null: none.
+const Kernel* choose(int64_t channels) {
+  static const Kernel kKernels[] = {
+      kernel_of<Plan<24, 1, 4, 3, false, 1, 1>>(),  kernel_of<Plan<40, 25, 4, 3, false, 1, 1>>(),
+      kernel_of<Plan<48, 41, 4, 2, false, 1, 1>>(), kernel_of<Plan<72, 49, 8, 1, true, 1, 2>>(),
+      kernel_of<Plan<96, 73, 8, 1, true, 2, 2>>(),
+  };
+  for (const Kernel& kernel : kKernels)
+    if (kernel.width >= channels) return kernel.shared <= limits().shared_bytes ? &kernel : nullptr;
+  return nullptr;
+}
+
+constexpr const char* kName = "block_sources";
+
+}  // namespace
+
+int64_t chunk_of_sources(const BlockSources& sources) {
+  const Kernel* kernel = sources.dtype == Dtype::kBFloat16 ? choose(sources.channels) : nullptr;
+  if (kernel == nullptr) return 0;
+  const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel->start), kName, kernel->threads,
+                                           static_cast<size_t>(kernel->shared));
+  return choose_tokens(sources.longest, sources.count * sources.batch, kernel->tile, resident);
+}
+
+void start_sources(const BlockSources& sources, const Table& table, const Chunks& chunks, float* partial,
+                   Stream stream) {
+  const Kernel* kernel = choose(sources.channels);
+  const Arguments args{table,
+                       sources.packed,
+                       sources.batch,
+                       sources.count,
+                       sources.channels,
+                       chunks.size,
+                       chunks.per_slot,
+                       chunks.per_slot * sources.batch * sources.count,
+                       sources.features,
+                       sources.pairs,
+                       chunks.table,
+                       partial};
+  launch(kernel->start, kName, args.works, kernel->threads, static_cast<size_t>(kernel->shared), stream, args);
+}
+
+}  // namespace xattn::cuda

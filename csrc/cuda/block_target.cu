@@ -1,0 +1,264 @@
+// Targets of the cross-attention block in bfloat16.
+//
+//   h = relu(W_q1 x + b)    q = softplus(W_q2 h + b)    out = S q / max(Z . q, eps)
+//
+// Plan: a block has a run of tokens of a pair of query and weights, and all outputs of that pair. A warp takes 32 or
+// 16 tokens at a time, the next ones on their way, and has h and q in registers (block_chain.h); of every output it
+// computes 16 channels after another, with tokens as columns where the output has rows of tokens, else as rows,
+// gathers them in shared memory and stores vectors of 16 bytes where addresses allow. Denominators are sums of
+// float32 products. Up to 96 channels W and S stay in shared memory for the run; beyond, pieces of them go by.
+#include "block.h"
+#include "block_stream.h"
+
+namespace xattn::cuda {
+namespace {
+
+struct Arguments {
+  Table table;
+  BlockTargets problem;
+  ChainGeometry geometry;
+  int64_t runs, run, works;
+};
+
+template <class Plan>
+class Block {
+ public:
+  using S = typename Plan::S;
+  static constexpr int kTokens = S::kTokens;
+
+  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
+    const int64_t target = work % problem_.count;
+    work /= problem_.count;
+    begin_ = work % args.runs * args.run;
+    batch_ = work / args.runs;
+    x_ = args.table.view(problem_.features, args.table[problem_.pairs + 2 * target]);
+    set_ = args.table[problem_.pairs + 2 * target + 1] * kProjections + kQuery1;
+    first_ = args.table[problem_.lists + target];
+    outputs_ = static_cast<int>(args.table[problem_.lists + target + 1] - first_);
+    end_ = begin_ + args.run < x_.tokens ? begin_ + args.run : x_.tokens;
+    const int padded = static_cast<int>(padded_channels(problem_.channels));
+    channels_ = {static_cast<int>(problem_.channels), padded};
+  }
+
+  XATTN_DEVICE void run() {
+    if (begin_ >= end_) return;
+    access_ = access<BFloat16>(x_, Dtype::kBFloat16);
+    const auto source = [this](int i) {
+      const int64_t bytes = static_cast<int64_t>(channels_.padded) * channels_.padded * 2;
+      return i < 2 ? problem_.packed.matrices + (set_ + i) * bytes : problem_.states.s + state(i - 2) * bytes;
+    };
+    const int padded = Plan::kStream ? channels_.padded : S::kPadded;
+    const int64_t uses = (end_ - begin_ + args_.geometry.tile - 1) / args_.geometry.tile;
+    MatrixStream<Plan::kStream, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 2 + outputs_,
+                                                           uses, source);
+    load(0);
+    matrices.begin(channels_.padded);
+    copy_biases(bias(0), padded, problem_.packed.biases + set_ * channels_.padded, channels_.padded, 2);
+    wait_copies<Plan::kStream ? 1 : 0>();
+    sync_threads();
+    XATTN_KEEP_LOOP
+    for (int number = 0; begin_ + number * static_cast<int64_t>(args_.geometry.tile) < end_; ++number) {
+      // Without a stream to keep up with, a warp ends with its last token.
+      if (!Plan::kStream && token(number) >= end_) break;
+      attend(number, matrices);
+    }
+    wait_copies<0>();
+    sync_threads();
+  }
+
+ private:
+  XATTN_DEVICE int64_t token(int number) const {
+    return begin_ + static_cast<int64_t>(number) * args_.geometry.tile + warp() * kTokens;
+  }
+  XATTN_DEVICE int tokens(int number) const {
+    const int64_t left = end_ - token(number);
+    return left > kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
+  }
+  XATTN_DEVICE char* memory() const { return shared_memory() + args_.geometry.slabs + warp() * Plan::kWarpBytes; }
+  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, access_.token_minor); }
+  XATTN_DEVICE float* bias(int matrix) const {
+    const int padded = Plan::kStream ? channels_.padded : S::kPadded;
+    return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * padded;
+  }
+  // Where the state of an output is.
+  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch_; }
+
+  XATTN_DEVICE void load(int number) const {
+    load_part<S::kWidth>(x_, access_, {batch_, token(number), 0, channels_.count, tokens(number)},
+                         S::kExact ? S::kWidth : channels_.padded, slab());
+  }
+
+  template <class Matrices>
+  XATTN_DEVICE void attend(int number, Matrices& matrices) const {
+    if constexpr (!Plan::kStream) wait_copies<0>();
+    sync_warp();
+    Fragments<S> q;
+    {
+      Fragments<S> x, h;
+      load_fragments(slab(), channels_, x);
+      sync_warp();
+      load(number + 1);
+      if constexpr (!Plan::kStream) commit_copies();
+      matrices.restart();
+      project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+      project<Activation::kSoftplus>(h, bias(1), channels_, [&](int) { return matrices.next(); }, q);
+    }
+    XATTN_KEEP_LOOP
+    for (int i = 0; i < outputs_; ++i) {
+      const View out = args_.table.view(problem_.outputs, args_.table[first_ + i]);
+      const Access out_access = access<BFloat16>(out, Dtype::kBFloat16);
+      float factor[S::kBlocks][2];
+      divisors(q, problem_.states.z + state(i) * channels_.padded, factor);
+      const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out_access.token_minor);
+      const auto begin = [](Sums<S>& sums, int) { sums = {}; };
+      const auto flush = [&](int first, int count) {
+        const int left = channels_.count - 16 * first, channels = left < 16 * count ? left : 16 * count;
+        store_part<Plan::kGathered>(out, out_access, {batch_, token(number), 16 * first, channels, tokens(number)}, to);
+      };
+      if (out_access.token_minor) {
+        float columns[S::kBlocks][2][2];
+        XATTN_UNROLL
+        for (int b = 0; b < S::kBlocks; ++b) {
+          XATTN_UNROLL
+          for (int h = 0; h < 2; ++h) {
+            columns[b][h][0] = shuffle(factor[b][h], 8 * (lane() % 4));
+            columns[b][h][1] = shuffle(factor[b][h], 8 * (lane() % 4) + 4);
+          }
+        }
+        gather<Plan, true>(
+            q, channels_, to, matrices, begin,
+            [&](const Sums<S>& sums, int, int b, int h, int r) {
+              const float (&v)[4] = sums.v[b][h];
+              return pack_bfloat16(v[2 * r] * columns[b][h][0], v[2 * r + 1] * columns[b][h][1]);
+            },
+            flush);
+      } else {
+        gather<Plan, false>(
+            q, channels_, to, matrices, begin,
+            [&](const Sums<S>& sums, int, int b, int h, int r) {
+              const float (&v)[4] = sums.v[b][h];
+              return pack_bfloat16(v[2 * r] * factor[b][r], v[2 * r + 1] * factor[b][r]);
+            },
+            flush);
+      }
+    }
+  }
+
+  // 1 / max(Z . q, eps) of tokens 16 b + g and 16 b + g + 8.
+  XATTN_DEVICE void divisors(const Fragments<S>& q, const float* z, float (&factor)[S::kBlocks][2]) const {
+    struct alignas(8) Two {
+      float x, y;
+    };
+    XATTN_UNROLL
+    for (int b = 0; b < S::kBlocks; ++b) factor[b][0] = factor[b][1] = 0.0f;
+    XATTN_UNROLL
+    for (int k = 0; k < S::kTiles; ++k) {
+      if ((!S::kExact || 16 * k + 16 > S::kFrom) && 16 * k >= channels_.padded) continue;
+      XATTN_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        if (16 * k + 8 * h >= S::kWidth) continue;
+        const Two w = *reinterpret_cast<const Two*>(z + 16 * k + 8 * h + 2 * (lane() % 4));
+        XATTN_UNROLL
+        for (int b = 0; b < S::kBlocks; ++b) {
+          XATTN_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            const uint32_t pair = q.v[b][k][2 * h + r];
+            float& sum = factor[b][r];
+            sum = fused_multiply_add(w.x, bits_float(pair << 16), sum);
+            sum = fused_multiply_add(w.y, bits_float(pair & 0xFFFF0000u), sum);
+          }
+        }
+      }
+    }
+    XATTN_UNROLL
+    for (int b = 0; b < S::kBlocks; ++b) {
+      XATTN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float sum = factor[b][r];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        factor[b][r] = 1.0f / (sum < problem_.eps ? problem_.eps : sum);
+      }
+    }
+  }
+
+  const Arguments& args_;
+  const BlockTargets& problem_;
+  View x_;
+  Access access_;
+  int64_t batch_, begin_, end_, set_, first_;
+  int outputs_;
+  Channels channels_;
+};
+
+template <class Plan>
+XATTN_KERNEL(Plan::kThreads, Plan::kResident)
+target_kernel(XATTN_PARAMETER Arguments args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+}
+
+struct Kernel {
+  int width;
+  bool exact, stream;  // exact streams are for channels of just that many tiles
+  ChainGeometry (*geometry)(int padded, int matrices, int limit);
+  void (*start)(Arguments);
+};
+template <class Plan>
+constexpr Kernel kernel_of() {
+  return {Plan::S::kWidth, Plan::S::kExact, Plan::kStream, chain_geometry<Plan>, target_kernel<Plan>};
+}
+
+const Kernel& choose(int64_t channels) {
+  static const Kernel kKernels[] = {
+      kernel_of<ChainPlan<Shape<24, 1, 32, true>, 128, 4, false>>(),
+      kernel_of<ChainPlan<Shape<40, 25, 32, true>, 128, 4, false>>(),
+      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 4, false>>(),
+      kernel_of<ChainPlan<Shape<72, 49, 32, true>, 384, 1, false>>(),
+      kernel_of<ChainPlan<Shape<96, 73, 32, true>, 256, 1, false>>(),
+      kernel_of<ChainPlan<Shape<144, 129, 32, true>, 256, 1, true>>(),
+      kernel_of<ChainPlan<Shape<192, 1, 16, false>, 256, 1, true>>(),
+      kernel_of<ChainPlan<Shape<288, 273, 16, true>, 256, 1, true>>(),
+      kernel_of<ChainPlan<Shape<384, 1, 16, false>, 256, 1, true>>(),
+  };
+  const int64_t padded = padded_channels(channels);
+  const Kernel* last = nullptr;
+  for (const Kernel& kernel : kKernels) {
+    last = &kernel;
+    if (channels > kernel.width || (kernel.stream && kernel.exact && padded != kernel.width)) continue;
+    // What is kept must leave room for the tokens of a few warps.
+    if (!kernel.stream && kernel.geometry(static_cast<int>(padded), 3, limits().shared_bytes).threads < 128) continue;
+    return kernel;
+  }
+  return *last;
+}
+
+}  // namespace
+
+int64_t chain_outputs(int64_t channels) {
+  const Kernel& kernel = choose(channels);
+  if (kernel.stream) return 1 << 20;
+  int outputs = 1;
+  const int padded = static_cast<int>(padded_channels(channels));
+  const int threads = kernel.geometry(padded, 3, limits().shared_bytes).threads;
+  while (outputs < 8 && kernel.geometry(padded, outputs + 3, limits().shared_bytes).threads == threads) ++outputs;
+  return outputs;
+}
+
+void start_chain_targets(const BlockTargets& targets, int64_t outputs, const Table& table, Stream stream) {
+  const Kernel& kernel = choose(targets.channels);
+  const Limits device = limits();
+  Arguments args{table, targets, {}, 0, 0, 0};
+  args.geometry = kernel.geometry(static_cast<int>(padded_channels(targets.channels)), static_cast<int>(2 + outputs),
+                                  device.shared_bytes);
+  constexpr const char* kName = "block_targets";
+  const size_t shared = static_cast<size_t>(args.geometry.shared);
+  const int64_t resident =
+      resident_blocks(reinterpret_cast<const void*>(kernel.start), kName, args.geometry.threads, shared);
+  args.run = choose_tokens(targets.longest, targets.count * targets.batch, args.geometry.tile, resident);
+  args.runs = (targets.longest + args.run - 1) / args.run;
+  args.works = args.runs * targets.batch * targets.count;
+  launch(kernel.start, kName, args.works, args.geometry.threads, shared, stream, args);
+}
+
+}  // namespace xattn::cuda
