@@ -76,6 +76,18 @@ void softmax_forward(const Context& context, int dtype, int64_t batch, int64_t c
                         call(context));
 }
 
+void softmax_backward(const Context& context, int dtype, int64_t batch, int64_t channels, int64_t value_channels,
+                      int64_t heads, double scale, const Views& queries, const Views& keys, const Views& values,
+                      const Views& outputs, const Integers& edges, const Integers& lse, const Views& grad_outputs,
+                      const Integers& grad_lse, const Views& grad_queries, const Views& grad_keys,
+                      const Views& grad_values) {
+  const EdgeIndex index(edges, 3, queries.size(), keys.size(), outputs.size());
+  cuda::softmax_backward(
+      {Dtype(dtype), batch, channels, value_channels, heads, scale, span(queries), span(keys), span(values),
+       span(outputs), index.list(), pointers(lse)},
+      {span(grad_outputs), pointers(grad_lse), span(grad_queries), span(grad_keys), span(grad_values)}, call(context));
+}
+
 template <auto kKernel>
 void run_pyramid(const Context& context, int dtype, int64_t batch, int64_t hidden, int64_t outputs,
                  const Levels& levels, int weight_dtype, const Views& weights, const std::array<int64_t, 5>& classifier,
@@ -114,6 +126,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("linear_forward", &linear_forward, release());
   module.def("linear_backward", &linear_backward, release());
   module.def("softmax_forward", &softmax_forward, release());
+  module.def("softmax_backward", &softmax_backward, release());
   module.def("pyramid_forward", &run_pyramid<&cuda::pyramid_forward>, release());
   module.def("pyramid_classify", &run_pyramid<&cuda::pyramid_classify>, release());
   module.def("block_forward", &block_forward, release());

@@ -199,34 +199,35 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Operand<
 }
 
 // Pieces of 16 x 16 elements of a bfloat16 operand, as a lane reads them: its address in the first piece, and
-// how far it is from piece to piece. For loops that are unrolled, where an address is one addition then.
+// how far it is from piece to piece. For loops that are unrolled, where an address is one addition then. How
+// the operand lies is known to the compiler: what lanes do together must not depend on what might differ
+// between them, or they are made to wait for each other at every step.
+template <bool kDepthMinor>
 struct Pieces {
   const BFloat16* first;
-  int along, deep;  // elements between pieces, by i and by k
-  bool transposed;
+  int stride;
   // (16 i .. 16 i + 15, 16 k .. 16 k + 15) beyond the first.
   XATTN_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
-    const BFloat16* at = first + i * along + k * deep;
-    if (transposed)
-      load_matrices_transposed(r, at);
+    if constexpr (kDepthMinor)
+      load_matrices(r, first + 16 * i * stride + 16 * k);
     else
-      load_matrices(r, at);
+      load_matrices_transposed(r, first + 16 * k * stride + 16 * i);
   }
 };
-XATTN_DEVICE Pieces left_pieces(const Operand<BFloat16>& a, int row) {
-  const int matrix = lane() / 8, r = lane() % 8;
-  if (a.depth_minor) return {a.at(row + matrix % 2 * 8 + r, matrix / 2 * 8), 16 * a.stride, 16, false};
-  return {a.at(row + matrix % 2 * 8, matrix / 2 * 8 + r), 16, 16 * a.stride, true};
+template <bool kDepthMinor>
+XATTN_DEVICE Pieces<kDepthMinor> left_pieces(const Operand<BFloat16>& a, int row) {
+  const int matrix = lane() / 8, r = lane() % 8, i = row + matrix % 2 * 8, k = matrix / 2 * 8;
+  return {kDepthMinor ? a.data + (i + r) * a.stride + k : a.data + (k + r) * a.stride + i, a.stride};
 }
-XATTN_DEVICE Pieces right_pieces(const Operand<BFloat16>& b, int column, int begin) {
-  const int matrix = lane() / 8, r = lane() % 8;
-  if (b.depth_minor) return {b.at(column + matrix / 2 * 8 + r, begin + matrix % 2 * 8), 16 * b.stride, 16, false};
-  return {b.at(column + matrix / 2 * 8, begin + matrix % 2 * 8 + r), 16, 16 * b.stride, true};
+template <bool kDepthMinor>
+XATTN_DEVICE Pieces<kDepthMinor> right_pieces(const Operand<BFloat16>& b, int column, int begin) {
+  const int matrix = lane() / 8, r = lane() % 8, i = column + matrix / 2 * 8, k = begin + matrix % 2 * 8;
+  return {kDepthMinor ? b.data + (i + r) * b.stride + k : b.data + (k + r) * b.stride + i, b.stride};
 }
 
 // One step of 16 of a product: sum += left b, of piece k of b.
-template <int kRows, int kColumns>
-XATTN_DEVICE void multiply_step(Accumulator<kRows, kColumns>& sum, const uint32_t (&left)[kRows][4], const Pieces& b,
+template <int kRows, int kColumns, class Right>
+XATTN_DEVICE void multiply_step(Accumulator<kRows, kColumns>& sum, const uint32_t (&left)[kRows][4], const Right& b,
                                 int k, int columns = 8 * kColumns) {
   XATTN_UNROLL
   for (int n = 0; n < kColumns / 2; ++n) {
@@ -238,6 +239,23 @@ XATTN_DEVICE void multiply_step(Accumulator<kRows, kColumns>& sum, const uint32_
       multiply_bfloat16(sum.v[m][2 * n], left[m], {right[0], right[1]});
       multiply_bfloat16(sum.v[m][2 * n + 1], left[m], {right[2], right[3]});
     }
+  }
+}
+template <int kRows, int kDepth, int kColumns, class Right>
+XATTN_DEVICE void multiply_pieces(Accumulator<kRows, kColumns>& sum, const Accumulator<kRows, kDepth>& a,
+                                  const Right& b, int columns) {
+  XATTN_UNROLL
+  for (int k = 0; k < kDepth / 2; ++k) {
+    uint32_t left[kRows][4];
+    XATTN_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      XATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float (&v)[4] = a.v[m][2 * k + i / 2];
+        left[m][i] = pack_bfloat16(v[i % 2 * 2], v[i % 2 * 2 + 1]);
+      }
+    }
+    multiply_step(sum, left, b, k, columns);
   }
 }
 
@@ -252,20 +270,10 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
   static_assert(kDepth % 2 == 0 && kColumns % 2 == 0, "tiles come in pairs");
   const int g = lane() / 4, t = lane() % 4;
   if constexpr (sizeof(typename P::Element) == 2) {
-    const Pieces pieces = right_pieces(b, column, begin);
-    XATTN_UNROLL
-    for (int k = 0; k < kDepth / 2; ++k) {
-      uint32_t left[kRows][4];
-      XATTN_UNROLL
-      for (int m = 0; m < kRows; ++m) {
-        XATTN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float(&v)[4] = a.v[m][2 * k + i / 2];
-          left[m][i] = pack_bfloat16(v[i % 2 * 2], v[i % 2 * 2 + 1]);
-        }
-      }
-      multiply_step(sum, left, pieces, k, columns);
-    }
+    if (b.depth_minor)
+      multiply_pieces(sum, a, right_pieces<true>(b, column, begin), columns);
+    else
+      multiply_pieces(sum, a, right_pieces<false>(b, column, begin), columns);
   } else if constexpr (std::is_same_v<P, Tf32Products>) {
     XATTN_UNROLL
     for (int k = 0; k < kDepth; ++k) {

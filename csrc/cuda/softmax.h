@@ -1,6 +1,10 @@
 // What the kernels of softmax cross-attention share: heads of tensors, and tiles of them on their way.
 #pragma once
 
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
 #include "maths.h"
 #include "operators.h"
 #include "tile.h"
@@ -12,6 +16,26 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 XATTN_BOTH constexpr int padded_width(int64_t width) { return static_cast<int>((width + 15) / 16 * 16); }
 XATTN_BOTH constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+// x / y, with what 1 / y is known to be, and rounded as a division is.
+template <bool kExact>
+XATTN_DEVICE float quotient(float x, float y, float inverse) {
+  const float q = x * inverse;
+  if constexpr (!kExact) return q;
+  const float corrected = fused_multiply_add(fused_multiply_add(-q, y, x), inverse, q);
+  return q - q == 0.0f ? corrected : q;  // infinities have no remainder
+}
+
+// How many pieces of work a kernel has, which counts them in 32 bits.
+inline uint32_t works(const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (size > 0 && product > INT32_MAX / size)
+      throw std::runtime_error(std::string(name) + ": too large, more than 2^31 pieces of work");
+    product *= size;
+  }
+  return static_cast<uint32_t>(product);
+}
 
 // A (channels, tokens) tensor: the channels from `channel` on of one sample. A view of tokens without data is
 // zero everywhere.
@@ -29,26 +53,35 @@ struct Matrix {
   }
 };
 
-// As load_tile for sizes that the compiler knows: places are found without divisions.
-template <int kChannels, int kTokens, int kThreads, class E>
-XATTN_DEVICE void load_exact(const Matrix<E>& from, int64_t token, int channels, int tokens, const Tile<E>& to) {
-  constexpr int kPer = 16 / static_cast<int>(sizeof(E));
-  const bool token_minor = to.token_minor;
+// A part of a matrix on its way to shared memory: channels and tokens of it, and of the tile with its padding.
+struct Part {
+  int64_t token;
+  int channel, channels, tokens, padded_channels, padded_tokens;
+};
+
+// As load_tile. kChannels: all padded channels if the compiler knows them, so that places are found without
+// divisions; then channel is 0, and padded_tokens are a power of two.
+template <int kChannels, class E>
+XATTN_DEVICE void load_part(const Matrix<E>& from, const Part& part, const Tile<E>& to) {
+  const View& view = from.view;
+  const int present = view.data == nullptr ? 0 : part.tokens;
   const int bytes = from.access.bytes;
-  if (bytes == 0) {
-    load_tile(from.view, from.access, {0, 0, token, channels, tokens}, to, kChannels, kTokens);
+  if (kChannels == 0 || bytes == 0) {
+    load_tile(view, {from.access.dtype, from.access.token_minor, kChannels == 0 ? bytes : 0},
+              {0, part.channel, part.token, part.channels, present}, to, part.padded_channels, part.padded_tokens);
     return;
   }
+  constexpr int kPer = 16 / static_cast<int>(sizeof(E)), kVectors = kChannels == 0 ? 1 : kChannels / kPer;
+  const bool token_minor = to.token_minor;
   const int shift = bytes == 16 ? 0 : bytes == 8 ? 1 : 2, per = kPer >> shift;
-  const auto row_of = [=](int i) {
-    return token_minor ? (i >> shift) / (kTokens / kPer) : (i >> shift) / (kChannels / kPer);
-  };
-  const int vectors = (token_minor ? kTokens / kPer : kChannels / kPer) << shift;
-  const int row_step = row_of(kThreads), column_step = kThreads - row_step * vectors;
-  const int all_rows = token_minor ? kChannels : kTokens;
-  const int rows = token_minor ? channels : tokens, columns = token_minor ? tokens : channels;
-  const int64_t stride = token_minor ? from.view.channel_stride : from.view.token_stride;
-  const E* data = reinterpret_cast<const E*>(from.view.data) + token * from.view.token_stride;
+  const int token_vectors = part.padded_tokens / kPer;
+  const auto row_of = [=](int i) { return token_minor ? (i >> shift) / token_vectors : (i >> shift) / kVectors; };
+  const int vectors = (token_minor ? token_vectors : kVectors) << shift;
+  const int row_step = row_of(thread_count()), column_step = thread_count() - row_step * vectors;
+  const int all_rows = token_minor ? kChannels : part.padded_tokens;
+  const int rows = token_minor ? part.channels : present, columns = token_minor ? present : part.channels;
+  const int64_t stride = token_minor ? view.channel_stride : view.token_stride;
+  const E* data = reinterpret_cast<const E*>(view.data) + part.token * view.token_stride;
   int row = row_of(thread_index()), column = thread_index() - row * vectors;
   XATTN_KEEP_LOOP
   while (row < all_rows) {
@@ -72,14 +105,6 @@ XATTN_DEVICE void load_exact(const Matrix<E>& from, int64_t token, int channels,
   }
 }
 
-// Channels [channel, channel + channels) of `tokens` tokens, padded to kTokens and to a multiple of 16.
-template <int kTokens, class E>
-XATTN_DEVICE void load_part(const Matrix<E>& from, int64_t token, int channel, int channels, int tokens,
-                            const Tile<E>& to) {
-  const Place place{0, channel, token, channels, from.view.data == nullptr ? 0 : tokens};
-  load_tile(from.view, from.access, place, to, padded_width(channels), kTokens);
-}
-
 // Two neighbouring channels of a token.
 template <class E>
 XATTN_DEVICE void put_channels(const Tile<E>& tile, int channel, int token, float x, float y) {
@@ -92,7 +117,7 @@ XATTN_DEVICE void put_channels(const Tile<E>& tile, int channel, int token, floa
 }
 
 // What is rarely read lies here, in front of all else in shared memory, rather than in registers.
-constexpr int kControl = 256;
+constexpr int kControl = 384;
 
 // Rows of a warp, 16 kRows of them, by their channels: to a tensor, by way of shared memory that nobody else
 // needs any more. For all threads of a block.

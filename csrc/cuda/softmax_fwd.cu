@@ -36,8 +36,8 @@ struct Arguments {
   bool negative;                                     // scale
   float scale;                                       // to base 2, without its sign
   int queries, keys, values, outputs, sources, lse;  // in the table; a query for every output
-  int64_t batch, heads, channels, value_channels;    // of a head
-  int64_t groups, steps, works;
+  int64_t channels, value_channels;                  // of a head
+  uint32_t batch, heads, groups, steps, works;
   Geometry geometry;
 };
 
@@ -64,24 +64,27 @@ class Block {
   static constexpr int kRowTiles = Plan::kRowTiles, kKeys = Plan::kKeys, kTokens = Plan::kTokens;
   static constexpr int kSteps = Plan::kWhole ? Plan::kChannels / 16 : 1;
 
-  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), geometry_(args.geometry) {
-    begin_ = work % args.steps * kTokens;
+  XATTN_DEVICE Block(const Arguments& args, uint32_t work) : args_(args), geometry_(args.geometry) {
+    begin_ = static_cast<int64_t>(work % args.steps) * kTokens;
     work /= args.steps;
-    Part part;
-    part.value = static_cast<int>(work % args.groups) * geometry_.values;
+    Place place;
+    place.value = static_cast<int>(work % args.groups) * geometry_.values;
     work /= args.groups;
-    part.head = work % args.heads;
+    place.head = work % args.heads;
     work /= args.heads;
-    part.batch = work % args.batch;
-    part.output = work / args.batch;
-    part.values = least(args.value_channels - part.value, geometry_.values);
-    values_ = part.values;
-    if (thread_index() == 0) control().part = part;
-    member_ = static_cast<int>(args.table[args.sources + part.output]);
-    last_ = static_cast<int>(args.table[args.sources + part.output + 1]);
-    const View query = args.table.view(args.queries, part.output);
+    place.batch = work % args.batch;
+    place.output = work / args.batch;
+    place.values = least(args.value_channels - place.value, geometry_.values);
+    values_ = place.values;
+    member_ = static_cast<int>(args.table[args.sources + place.output]);
+    last_ = static_cast<int>(args.table[args.sources + place.output + 1]);
+    const View query = args.table.view(args.queries, place.output);
     tokens_ = least(query.tokens - begin_, kTokens);
     query_minor_ = is_token_minor(query);
+    if (tokens_ > 0 && thread_index() == 0) {
+      control().place = place;
+      control().query.set(query, args.dtype, place.batch, place.head * args.channels);
+    }
   }
 
   XATTN_DEVICE void run() {
@@ -91,55 +94,51 @@ class Block {
       top_[m][i] = -kInfinity;
       total_[m][i] = 0.0f;
     });
-    sync_threads();
     open();
-    if (member_ < last_) attend();
+    attend();
     finish();
   }
 
  private:
   // In shared memory: which part of the problem this is, and sources that are read now and next.
-  struct Part {
+  struct Place {
     int64_t output, batch, head;
     int value, values;
   };
   struct Control {
-    Part part;
-    struct {
-      Matrix<E> keys, values;
-    } source[2];
+    Place place;
+    Matrix<E> query, source[2][2];  // keys and values
   };
   static_assert(sizeof(Control) <= kControl, "room in shared memory");
   static XATTN_DEVICE Control& control() { return *reinterpret_cast<Control*>(shared_memory()); }
 
-  // What a step computes with.
+  // What is computed with a stage.
   struct Step {
     int chunk, tokens;
     bool key_minor, value_minor;
   };
 
-  template <class T>
-  static XATTN_DEVICE T* shared(int offset) {
-    return reinterpret_cast<T*>(shared_memory() + kControl + offset);
+  static XATTN_DEVICE E* shared(int offset) { return reinterpret_cast<E*>(shared_memory() + kControl + offset); }
+  XATTN_DEVICE int stage(int number) const {
+    return geometry_.first + (number & (geometry_.stages - 1)) * geometry_.stage;
   }
-  XATTN_DEVICE int stage(int number) const { return geometry_.first + number % geometry_.stages * geometry_.stage; }
   XATTN_DEVICE int chunk() const { return Plan::kWhole ? Plan::kChannels : geometry_.chunk; }
   XATTN_DEVICE bool resident() const { return Plan::kWhole || geometry_.chunks == 1; }
   XATTN_DEVICE int width() const { return Plan::kWhole ? Plan::kValues : padded_width(values_); }
 
-  XATTN_DEVICE Tile<E> queries(int number) const {
-    const int offset = resident() ? 0 : stage(number) + geometry_.queries_at;
-    return make_tile<P>(shared<E>(offset), query_minor_, chunk(), kTokens);
+  XATTN_DEVICE Tile<E> queries(int number, bool token_minor) const {
+    return make_tile<P>(shared(resident() ? 0 : stage(number) + geometry_.queries_at), token_minor, chunk(), kTokens);
   }
   XATTN_DEVICE Tile<E> keys(int number, bool token_minor) const {
-    return make_tile<P>(shared<E>(stage(number)), token_minor, chunk(), kKeys);
+    return make_tile<P>(shared(stage(number)), token_minor, chunk(), kKeys);
   }
   XATTN_DEVICE Tile<E> values(int number, bool token_minor) const {
     const int rows = Plan::kWhole ? Plan::kValues : geometry_.values;
-    return make_tile<P>(shared<E>(stage(number) + geometry_.values_at), token_minor, rows, kKeys);
+    return make_tile<P>(shared(stage(number) + geometry_.values_at), token_minor, rows, kKeys);
   }
 
-  // The next source that has tokens: to be read after a barrier.
+  // The next source that has tokens: to be read after a barrier. While it is written, others may still read the
+  // one before.
   XATTN_DEVICE void open() {
     XATTN_KEEP_LOOP
     for (; member_ < last_; ++member_) {
@@ -147,52 +146,50 @@ class Block {
       const View key = args_.table.view(args_.keys, source);
       left_ = key.tokens;
       if (left_ == 0) continue;
-      opened_ = !opened_;
+      opened_ ^= 1;
       if (thread_index() == 0) {
-        const Part& part = control().part;
-        auto& to = control().source[opened_];
-        to.keys.set(key, args_.dtype, part.batch, part.head * args_.channels);
-        to.values.set(args_.table.view(args_.values, source), args_.dtype, part.batch,
-                      part.head * args_.value_channels + part.value);
+        const Place& place = control().place;
+        Matrix<E>* to = control().source[opened_];
+        to[0].set(key, args_.dtype, place.batch, place.head * args_.channels);
+        to[1].set(args_.table.view(args_.values, source), args_.dtype, place.batch,
+                  place.head * args_.value_channels + place.value);
       }
       return;
     }
   }
 
-  XATTN_DEVICE void load_queries(int number) const {
-    const Part part = control().part;
-    Matrix<E> query;
-    query.set(args_.table.view(args_.queries, part.output), args_.dtype, part.batch, part.head * args_.channels);
-    const int channels = static_cast<int>(args_.channels);
-    if constexpr (Plan::kWhole) {
-      load_exact<Plan::kChannels, kTokens, Plan::kThreads>(query, begin_, channels, tokens_, queries(number));
-    } else {
-      const int channel = chunk_ * geometry_.chunk;
-      load_part<kTokens>(query, begin_, channel, least(channels - channel, geometry_.chunk), tokens_, queries(number));
-    }
-  }
-
   // Starts to load what a step needs; on to the next chunk of channels, tile of tokens, or source.
   XATTN_DEVICE Step load(int number) {
-    const auto& source = control().source[opened_];
-    const Matrix<E>& key = source.keys;
-    const Matrix<E>& value = source.values;
-    const int64_t token = key.view.tokens - left_;
-    const Step step{chunk_, least(left_, kKeys), key.access.token_minor, value.access.token_minor};
-    const Tile<E> key_tile = keys(number, step.key_minor), value_tile = values(number, step.value_minor);
-    const int channels = static_cast<int>(args_.channels);
-    if (resident() && number == 0) load_queries(number);
-    if constexpr (Plan::kWhole) {
-      load_exact<Plan::kChannels, kKeys, Plan::kThreads>(key, token, channels, step.tokens, key_tile);
-      load_exact<Plan::kValues, kKeys, Plan::kThreads>(value, token, values_, step.tokens, value_tile);
-    } else {
-      const int channel = chunk_ * geometry_.chunk;
-      load_part<kKeys>(key, token, channel, least(channels - channel, geometry_.chunk), step.tokens, key_tile);
-      if (!resident()) load_queries(number);
-      if (++chunk_ < geometry_.chunks) return step;
-      load_part<kKeys>(value, token, 0, values_, step.tokens, value_tile);
-      chunk_ = 0;
+    const Matrix<E>* source = control().source[opened_];
+    const int64_t token = source[0].view.tokens - left_;
+    const Step step{chunk_, least(left_, kKeys), source[0].access.token_minor, source[1].access.token_minor};
+    const bool ends = Plan::kWhole || chunk_ == geometry_.chunks - 1;
+    const int channel = chunk_ * chunk(), channels = least(args_.channels - channel, chunk());
+    XATTN_KEEP_LOOP
+    for (int i = 0; i < 3; ++i) {
+      if (i == 1 && !ends) continue;
+      if (i == 2 && resident() && number > 0) continue;
+      const Tile<E> to = i == 0   ? keys(number, step.key_minor)
+                         : i == 1 ? values(number, step.value_minor)
+                                  : queries(number, query_minor_);
+      Part part{token, channel, channels, step.tokens, padded_width(channels), kKeys};
+      if (i == 1) {
+        part.channel = 0;
+        part.channels = values_;
+        part.padded_channels = width();
+      } else if (i == 2) {
+        part.token = begin_;
+        part.tokens = tokens_;
+        part.padded_tokens = kTokens;
+      }
+      load_part<Plan::kChannels>(i == 2 ? control().query : source[i], part, to);
     }
+    commit_copies();
+    if (!ends) {
+      ++chunk_;
+      return step;
+    }
+    chunk_ = 0;
     left_ -= kKeys;
     if (left_ <= 0) {
       ++member_;
@@ -210,26 +207,28 @@ class Block {
       const bool ready = done < loaded;
       wait_copies<0>();
       sync_threads();
-      if (member_ < last_ && loaded < done + geometry_.stages) {
-        next = load(loaded);
-        ++loaded;
-        commit_copies();
-      }
+      if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
       if (!ready) continue;
       if constexpr (Plan::kKept) {
-        if (done == 0) keep_queries();
+        if (done == 0) query_minor_ ? keep_queries<true>() : keep_queries<false>();
       }
       score(done, now);
       if (Plan::kWhole || now.chunk == geometry_.chunks - 1) {
         normalise(now.tokens);
-        multiply_add<P>(sum_, scores_, values(done, now.value_minor).over_tokens(), 0, 0, width());
+        if (now.value_minor)
+          multiply_add<P>(sum_, scores_, values(done, true).over_tokens(), 0, 0, width());
+        else
+          multiply_add<P>(sum_, scores_, values(done, false).over_tokens(), 0, 0, width());
       }
       ++done;
     }
   }
 
+  static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
+
+  template <bool kTokenMinor>
   XATTN_DEVICE void keep_queries() {
-    const Pieces pieces = left_pieces(queries(0).over_channels(), row());
+    const auto pieces = left_pieces<!kTokenMinor>(queries(0, kTokenMinor).over_channels(), row());
     XATTN_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       XATTN_UNROLL
@@ -237,28 +236,38 @@ class Block {
     }
   }
 
-  XATTN_DEVICE static int row() { return warp() * 16 * kRowTiles; }
-
   XATTN_DEVICE void score(int number, const Step& now) {
-    const Operand<E> key = keys(number, now.key_minor).over_channels();
-    if constexpr (Plan::kWhole) {
-      const Pieces left = left_pieces(queries(0).over_channels(), row()), right = right_pieces(key, 0, 0);
-      scores_.clear();
-      XATTN_UNROLL
-      for (int k = 0; k < kSteps; ++k) {
-        if constexpr (Plan::kKept) {
-          multiply_step(scores_, kept_[k], right, k);
-        } else {
-          uint32_t fragments[kRowTiles][4];
-          XATTN_UNROLL
-          for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
-          multiply_step(scores_, fragments, right, k);
-        }
-      }
-    } else {
+    if constexpr (!Plan::kWhole) {
       if (now.chunk == 0) scores_.clear();
       const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
-      multiply_add<P>(scores_, queries(number).over_channels(), row(), key, 0, 0, padded_width(channels));
+      multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
+                      keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
+    } else if constexpr (Plan::kKept) {
+      now.key_minor ? score_kept<true>(number) : score_kept<false>(number);
+    } else if (query_minor_) {
+      now.key_minor ? score_read<true, true>(number) : score_read<true, false>(number);
+    } else {
+      now.key_minor ? score_read<false, true>(number) : score_read<false, false>(number);
+    }
+  }
+  template <bool kKeyMinor>
+  XATTN_DEVICE void score_kept(int number) {
+    const auto right = right_pieces<!kKeyMinor>(keys(number, kKeyMinor).over_channels(), 0, 0);
+    scores_.clear();
+    XATTN_UNROLL
+    for (int k = 0; k < kSteps; ++k) multiply_step(scores_, kept_[k], right, k);
+  }
+  template <bool kQueryMinor, bool kKeyMinor>
+  XATTN_DEVICE void score_read(int number) {
+    const auto left = left_pieces<!kQueryMinor>(queries(0, kQueryMinor).over_channels(), row());
+    const auto right = right_pieces<!kKeyMinor>(keys(number, kKeyMinor).over_channels(), 0, 0);
+    scores_.clear();
+    XATTN_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t fragments[kRowTiles][4];
+      XATTN_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
+      multiply_step(scores_, fragments, right, k);
     }
   }
 
@@ -324,32 +333,33 @@ class Block {
 
   XATTN_DEVICE void finish() {
     sync_threads();
-    const Part part = control().part;
-    const View output = args_.table.view(args_.outputs, part.output);
-    float* lse = reinterpret_cast<float*>(args_.table[args_.lse + part.output]) +
-                 (part.batch * args_.heads + part.head) * output.tokens + begin_;
+    const Place place = control().place;
+    const View output = args_.table.view(args_.outputs, place.output);
+    float* lse = reinterpret_cast<float*>(args_.table[args_.lse + place.output]) +
+                 (place.batch * args_.heads + place.head) * output.tokens + begin_;
     for_rows([&](int m, int i) {
       total_[m][i] += shuffle_xor(total_[m][i], 1);
       total_[m][i] += shuffle_xor(total_[m][i], 2);
       const int token = row() + 16 * m + 8 * i + lane() / 4;
-      if (part.value == 0 && lane() % 4 == 0 && token < tokens_)
+      if (place.value == 0 && lane() % 4 == 0 && token < tokens_)
         lse[token] = total_[m][i] == 0.0f ? -kInfinity : (top_[m][i] + log2_approximate(total_[m][i])) * kLn2;
-      const float divisor = total_[m][i] == 0.0f ? 1.0f : total_[m][i];
+      const float divisor = total_[m][i] == 0.0f ? 1.0f : total_[m][i], inverse = 1.0f / divisor;
       XATTN_UNROLL
       for (int n = 0; n < Plan::kValues / 8; ++n) {
-        sum_.v[m][n][2 * i] /= divisor;
-        sum_.v[m][n][2 * i + 1] /= divisor;
+        XATTN_UNROLL
+        for (int j = 2 * i; j < 2 * i + 2; ++j)
+          sum_.v[m][n][j] = quotient<P::kExact>(sum_.v[m][n][j], divisor, inverse);
       }
     });
-    store_rows<P, kTokens>(sum_, output, args_.dtype, part.batch, part.head * args_.value_channels + part.value,
-                           part.values, begin_);
+    store_rows<P, kTokens>(sum_, output, args_.dtype, place.batch, place.head * args_.value_channels + place.value,
+                           place.values, begin_);
   }
 
   const Arguments& args_;
   const Geometry& geometry_;
   int64_t begin_, left_ = 0;  // tokens of a source, of which none is loaded yet
-  int member_, last_, chunk_ = 0, values_, tokens_;
-  bool query_minor_, opened_ = false;
+  int member_, last_, opened_ = 0, chunk_ = 0, values_, tokens_;
+  bool query_minor_;
   uint32_t kept_[kSteps][kRowTiles][4];  // queries
   Accumulator<kRowTiles, kKeys / 8> scores_;
   Accumulator<kRowTiles, Plan::kValues / 8> sum_;
@@ -360,7 +370,8 @@ template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kBlocks)
 forward_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
-  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+  for (int64_t work = block_index(); work < args.works; work += block_count())
+    Block<Plan>(args, static_cast<uint32_t>(work)).run();
 }
 
 template <class Plan>
@@ -394,9 +405,9 @@ Geometry choose_geometry(int channels, int values, int shared_bytes) {
 template <class Plan>
 void start(Arguments args, int64_t outputs, int64_t longest, Stream stream) {
   const int channels = padded_width(args.channels), values = padded_width(args.value_channels);
-  args.groups = (values + Plan::kValues - 1) / Plan::kValues;
-  args.steps = (longest + Plan::kTokens - 1) / Plan::kTokens;
-  args.works = outputs * args.batch * args.heads * args.groups * args.steps;
+  args.groups = static_cast<uint32_t>((values + Plan::kValues - 1) / Plan::kValues);
+  args.steps = static_cast<uint32_t>((longest + Plan::kTokens - 1) / Plan::kTokens);
+  args.works = works("softmax_forward", {outputs, args.batch, args.heads, args.groups, args.steps});
   args.geometry =
       choose_geometry<Plan>(channels, padded_width((values + args.groups - 1) / args.groups), limits().shared_bytes);
   launch(forward_kernel<Plan>, "softmax_forward", args.works, Plan::kThreads, static_cast<size_t>(args.geometry.shared),
@@ -461,8 +472,8 @@ void softmax_forward(const SoftmaxProblem& problem, const Call& call) {
   for (int64_t output = 0; output < problem.outputs.size; ++output)
     lse.push_back(reinterpret_cast<int64_t>(problem.lse[output]));
   args.lse = table.add(lse);
-  args.batch = problem.batch;
-  args.heads = problem.heads;
+  args.batch = static_cast<uint32_t>(problem.batch);
+  args.heads = static_cast<uint32_t>(problem.heads);
   args.channels = problem.channels / problem.heads;
   args.value_channels = problem.value_channels / problem.heads;
   table.reserve(scratch);

@@ -1,0 +1,661 @@
+// Softmax cross-attention, backward. Scores are computed anew from the log-sum-exp; with g the gradient of an
+// output and h that of its log-sum-exp, head by head:
+//
+//   D_m = g_m . out_m - h_m      p_mn = exp(scale q_m . k_n - lse_m)      ds_mn = p_mn (g_m . v_n - D_m)
+//   dq_m = scale sum_n ds_mn k_n      dk_n = scale sum_m ds_mn q_m      dv_n = sum_m p_mn g_m
+//
+// Plan: (1) D, and the log-sum-exp to base 2, side by side for every query. (2) dq: a block has a tile of queries
+// and goes through the keys and values of all sources of all outputs of that query. (3) dk and dv: a block has a
+// tile of keys and values and goes through the queries and gradients of all outputs that read them. So every sum
+// is made by one warp in one order. Both are one kernel: "own" is the side of a block, (q, g) or (k, v), "other"
+// what it goes through, tile by tile, the next one on its way. A warp has 16 or 32 rows of its own side; p and ds
+// are results of products and left operands of the next and stay in registers, as sums do.
+//
+// bfloat16 heads of usual widths have kernels of exactly these; all others have kernels that skip what a head
+// does not have, sum products over chunks of channels where shared memory does not hold all of them, and make
+// wide results in groups of channels, works of their own.
+#include <algorithm>
+
+#include "softmax.h"
+
+namespace xattn::cuda {
+namespace {
+
+// Rows of statistics are as long as multiples of this: tiles of them are whole.
+constexpr int kStatistics = 64;
+
+struct Statistics {
+  float lse, delta;  // to base 2; D
+};
+
+// Offsets and sizes in bytes of shared memory, and what they stand for.
+struct Geometry {
+  int chunk, chunks;                      // channels at a time
+  int columns;                            // of results in a group
+  int stages, stage;                      // tiles of the other side, bytes of one
+  int first;                              // the first stage, after tiles of the own side if these stay
+  int own, second;                        // from one matrix of a side to the other: of the own, of the other one
+  int own_at, columns_at, statistics_at;  // in a stage: own side, channels of a group, statistics
+  int group;                              // from the group of one matrix to that of the other
+  int shared;
+};
+
+struct Arguments {
+  Table table;
+  Dtype dtype;
+  float scale, exponent_scale;       // of scores: as it is, and to base 2
+  int own[2], other[2], results[2];  // in the table: views
+  int outer, lists;                  // outputs of a query; numbers of the other side: by output, or by source
+  int statistics;                    // where those of an output begin
+  const Statistics* all_statistics;
+  int channels[2];  // of a head: of queries and keys, of gradients and values
+  uint32_t batch, heads, groups, steps, works;
+  Geometry geometry;
+};
+
+// kChannels: the padded width of a head, or 0. kFirst, kSecond: columns of results, of dq or dk and of dv, in a
+// group; kSecond is 0 for dq. Four warps have 16 kRowTiles rows each, against kOthers tokens at a time.
+template <class Products, int kChannelsOfPlan, int kFirstOfPlan, int kSecondOfPlan, int kRowTilesOfPlan,
+          int kOthersOfPlan>
+struct Plan {
+  using P = Products;
+  static constexpr int kChannels = kChannelsOfPlan, kFirst = kFirstOfPlan, kSecond = kSecondOfPlan,
+                       kRowTiles = kRowTilesOfPlan, kOthers = kOthersOfPlan;
+  static constexpr int kWarps = 4, kThreads = kWarp * kWarps, kTokens = 16 * kRowTiles * kWarps;
+  static constexpr bool kWhole = kChannels > 0, kSources = kSecond > 0;
+};
+
+template <class Plan>
+class Block {
+ public:
+  using P = typename Plan::P;
+  using E = typename P::Element;
+  static constexpr int kRowTiles = Plan::kRowTiles, kOthers = Plan::kOthers, kTokens = Plan::kTokens;
+  using Scores = Accumulator<kRowTiles, kOthers / 8>;
+
+  XATTN_DEVICE Block(const Arguments& args, uint32_t work) : args_(args), geometry_(args.geometry) {
+    begin_ = static_cast<int64_t>(work % args.steps) * kTokens;
+    work /= args.steps;
+    Place place;
+    place.column = static_cast<int>(work % args.groups) * geometry_.columns;
+    work /= args.groups;
+    place.head = work % args.heads;
+    work /= args.heads;
+    place.batch = work % args.batch;
+    place.slot = work / args.batch;
+    const View own = args.table.view(args.own[0], place.slot);
+    tokens_ = least(own.tokens - begin_, kTokens);
+    const auto columns = [&](int i) {
+      const bool wanted = args.table[args.results[i] + 5 * place.slot] != 0;
+      return wanted ? least(args.channels[i] - place.column, geometry_.columns) : 0;
+    };
+    first_columns_ = columns(0);
+    second_columns_ = Plan::kSources ? columns(1) : 0;
+    if (!working() || thread_index() != 0) return;
+    control().place = place;
+    set(control().own[0], own, 0);
+    if (Plan::kSources) set(control().own[1], args.table.view(args.own[1], place.slot), 1);
+  }
+
+  XATTN_DEVICE void run() {
+    if (!working()) return;
+    first_.clear();
+    if constexpr (Plan::kSources) second_.clear();
+    sync_threads();
+    const Place place = control().place;
+    if constexpr (Plan::kSources) {
+      go_through(place.slot);
+    } else {
+      const int last = static_cast<int>(args_.table[args_.outer + place.slot + 1]);
+      XATTN_KEEP_LOOP
+      for (int i = static_cast<int>(args_.table[args_.outer + place.slot]); i < last; ++i) {
+        const int64_t output = args_.table[i];
+        if (thread_index() == 0) set(control().own[1], args_.table.view(args_.own[1], output), 1);
+        read_statistics(output);
+        go_through(output);
+      }
+    }
+    finish();
+  }
+
+ private:
+  // In shared memory: which part of the problem this is; its own side; what is read of the other one now and next.
+  struct Place {
+    int64_t slot, batch, head;
+    int column;
+  };
+  struct Control {
+    Place place;
+    Matrix<E> own[2], other[2][2];
+    const Statistics* statistics[2];
+  };
+  static_assert(sizeof(Control) <= kControl, "room in shared memory");
+  static XATTN_DEVICE Control& control() { return *reinterpret_cast<Control*>(shared_memory()); }
+
+  // What is computed with a stage.
+  struct Step {
+    int chunk, tokens;
+    bool first_minor, second_minor;
+    XATTN_DEVICE bool token_minor(int i) const { return i == 0 ? first_minor : second_minor; }
+  };
+
+  XATTN_DEVICE bool working() const { return tokens_ > 0 && (first_columns_ > 0 || second_columns_ > 0); }
+  // Members that a number picks would not stay in registers.
+  XATTN_DEVICE int columns(int i) const { return i == 0 ? first_columns_ : second_columns_; }
+  XATTN_DEVICE void set(Matrix<E>& matrix, const View& view, int i) const {
+    const Place& place = control().place;
+    matrix.set(view, args_.dtype, place.batch, place.head * args_.channels[i]);
+  }
+  XATTN_DEVICE const Statistics* statistics(int64_t output) const {
+    const Place& place = control().place;
+    const int64_t tokens = args_.table[args_.statistics + 2 * output + 1];
+    return args_.all_statistics + args_.table[args_.statistics + 2 * output] +
+           (place.batch * args_.heads + place.head) * tokens;
+  }
+
+  static XATTN_DEVICE E* shared(int offset) { return reinterpret_cast<E*>(shared_memory() + kControl + offset); }
+  XATTN_DEVICE int stage(int number) const {
+    return geometry_.first + (number & (geometry_.stages - 1)) * geometry_.stage;
+  }
+  XATTN_DEVICE int chunk() const { return Plan::kWhole ? Plan::kChannels : geometry_.chunk; }
+  XATTN_DEVICE bool resident() const { return Plan::kWhole || geometry_.chunks == 1; }
+
+  XATTN_DEVICE Tile<E> own(int number, int i, bool token_minor) const {
+    const int at = resident() ? 0 : stage(number) + geometry_.own_at;
+    return make_tile<P>(shared(at + i * geometry_.own), token_minor, chunk(), kTokens);
+  }
+  XATTN_DEVICE Tile<E> other(int number, int i, bool token_minor) const {
+    return make_tile<P>(shared(stage(number) + i * geometry_.second), token_minor, chunk(), kOthers);
+  }
+  // What results are sums of, and the column of a group there.
+  XATTN_DEVICE Tile<E> group(int number, int i, bool token_minor) const {
+    if (resident()) return other(number, i, token_minor);
+    return make_tile<P>(shared(stage(number) + geometry_.columns_at + i * geometry_.group), token_minor,
+                        geometry_.columns, kOthers);
+  }
+  XATTN_DEVICE const Statistics* staged_statistics(int number) const {
+    return reinterpret_cast<const Statistics*>(shared(stage(number) + geometry_.statistics_at));
+  }
+
+  // The next one of the other side that has tokens: to be read after a barrier. While it is written, others may
+  // still read the one before.
+  XATTN_DEVICE void open() {
+    XATTN_KEEP_LOOP
+    for (; member_ < last_; ++member_) {
+      const int64_t slot = args_.table[member_];
+      const View view = args_.table.view(args_.other[0], slot);
+      left_ = view.tokens;
+      if (left_ == 0) continue;
+      opened_ ^= 1;
+      if (thread_index() == 0) {
+        set(control().other[opened_][0], view, 0);
+        set(control().other[opened_][1], args_.table.view(args_.other[1], slot), 1);
+        if (Plan::kSources) control().statistics[opened_] = statistics(slot);
+      }
+      return;
+    }
+  }
+
+  // Starts to load what a step needs; on to the next chunk of channels, tile of tokens, or member of the list.
+  XATTN_DEVICE Step load(int number) {
+    const Matrix<E>* matrices = control().other[opened_];
+    const int64_t token = matrices[0].view.tokens - left_;
+    const Step step{chunk_, least(left_, kOthers), matrices[0].access.token_minor, matrices[1].access.token_minor};
+    const bool ends = Plan::kWhole || chunk_ == geometry_.chunks - 1;
+    XATTN_KEEP_LOOP
+    for (int i = 0; i < (resident() ? 4 : 6); ++i) {
+      // The other side, the own one, and where only chunks are at hand, what results are sums of.
+      const int kind = i / 2, side = i % 2;
+      if (kind == 1 && resident() && number > 0) continue;
+      if (kind == 2 && (!ends || columns(side) == 0)) continue;
+      const Matrix<E>& from = kind == 1 ? control().own[side] : matrices[side];
+      const bool token_minor = from.access.token_minor;
+      const Tile<E> to = kind == 0   ? other(number, side, token_minor)
+                         : kind == 1 ? own(number, side, token_minor)
+                                     : group(number, side, token_minor);
+      const int channel = kind == 2 ? control().place.column : chunk_ * chunk();
+      const int channels = kind == 2 ? columns(side) : least(args_.channels[side] - channel, chunk());
+      if (channels <= 0) continue;
+      load_part<Plan::kChannels>(from,
+                                 {kind == 1 ? begin_ : token, channel, channels, kind == 1 ? tokens_ : step.tokens,
+                                  padded_width(channels), kind == 1 ? kTokens : kOthers},
+                                 to);
+    }
+    if (Plan::kSources && ends && thread_index() < kOthers / 2) {
+      const int i = 2 * thread_index();
+      copy_async<16>(const_cast<Statistics*>(staged_statistics(number)) + i, control().statistics[opened_] + token + i);
+    }
+    commit_copies();
+    if (!ends) {
+      ++chunk_;
+      return step;
+    }
+    chunk_ = 0;
+    left_ -= kOthers;
+    if (left_ <= 0) {
+      ++member_;
+      open();
+    }
+    return step;
+  }
+
+  // Everything in a list of the other side.
+  XATTN_DEVICE void go_through(int64_t list) {
+    member_ = static_cast<int>(args_.table[args_.lists + list]);
+    last_ = static_cast<int>(args_.table[args_.lists + list + 1]);
+    open();
+    int loaded = 0, done = 0;
+    Step next{};
+    XATTN_KEEP_LOOP
+    while (member_ < last_ || done < loaded) {
+      const Step now = next;
+      const bool ready = done < loaded;
+      wait_copies<0>();
+      sync_threads();
+      if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
+      if (!ready) continue;
+      score(done, now);
+      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) add(done, now);
+      ++done;
+    }
+  }
+
+  static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
+
+  XATTN_DEVICE void score(int number, const Step& now) {
+    if (Plan::kWhole || now.chunk == 0) {
+      scores_.clear();
+      products_.clear();
+    }
+    multiply(scores_, number, 0, now);
+    if (first_columns_ > 0) multiply(products_, number, 1, now);
+  }
+  // sum += own^T other, both of the first or both of the second matrices.
+  XATTN_DEVICE void multiply(Scores& sum, int number, int i, const Step& now) const {
+    const bool own_minor = control().own[i].access.token_minor, other_minor = now.token_minor(i);
+    if constexpr (Plan::kWhole) {
+      if (own_minor == other_minor)
+        return own_minor ? multiply_whole<true>(sum, number, i) : multiply_whole<false>(sum, number, i);
+    }
+    const int depth =
+        Plan::kWhole ? Plan::kChannels : padded_width(least(args_.channels[i] - now.chunk * geometry_.chunk, chunk()));
+    multiply_add<P>(sum, own(number, i, own_minor).over_channels(), row(),
+                    other(number, i, other_minor).over_channels(), 0, 0, depth);
+  }
+  template <bool kMinor>
+  XATTN_DEVICE void multiply_whole(Scores& sum, int number, int i) const {
+    const auto left = left_pieces<!kMinor>(own(number, i, kMinor).over_channels(), row());
+    const auto right = right_pieces<!kMinor>(other(number, i, kMinor).over_channels(), 0, 0);
+    XATTN_UNROLL
+    for (int k = 0; k < Plan::kChannels / 16; ++k) {
+      uint32_t fragments[kRowTiles][4];
+      XATTN_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
+      multiply_step(sum, fragments, right, k);
+    }
+  }
+
+  XATTN_DEVICE void add(int number, const Step& now) {
+    const float scale = args_.exponent_scale;
+    if constexpr (Plan::kSources) {
+      // Beyond the last query the log-sum-exp is infinite.
+      const Statistics* columns = staged_statistics(number);
+      for_scores([&](float& s, float& product, int, int, int column) {
+        s = exp2_approximate(fused_multiply_add(s, scale, -columns[column].lse));
+        product = s * (product - columns[column].delta);
+      });
+      if (second_columns_ > 0) add_product(second_, scores_, number, 1, now);
+      if (first_columns_ > 0) add_product(first_, products_, number, 0, now);
+    } else {
+      for_scores([&](float& s, float& product, int m, int i, int) {
+        product = exp2_approximate(fused_multiply_add(s, scale, -rows_[m][i].lse)) * (product - rows_[m][i].delta);
+      });
+      if (now.tokens < kOthers)
+        for_scores(
+            [&](float&, float& product, int, int, int column) { product = column < now.tokens ? product : 0.0f; });
+      add_product(first_, products_, number, 0, now);
+    }
+  }
+  template <int kColumns>
+  XATTN_DEVICE void add_product(Accumulator<kRowTiles, kColumns>& sum, const Scores& left, int number, int i,
+                                const Step& now) const {
+    const int column = resident() && !Plan::kWhole ? control().place.column : 0;
+    const int width = Plan::kWhole ? Plan::kChannels : padded_width(columns(i));
+    if (now.token_minor(i))
+      multiply_add<P>(sum, left, group(number, i, true).over_tokens(), column, 0, width);
+    else
+      multiply_add<P>(sum, left, group(number, i, false).over_tokens(), column, 0, width);
+  }
+
+  // Of this lane: rows, halves i of their tiles m; and scores and products with the numbers of their tokens.
+  template <class Body>
+  static XATTN_DEVICE void for_rows(const Body& body) {
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int i = 0; i < 2; ++i) body(m, i);
+    }
+  }
+  template <class Body>
+  XATTN_DEVICE void for_scores(const Body& body) {
+    const int t = lane() % 4;
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int n = 0; n < kOthers / 8; ++n) {
+        XATTN_UNROLL
+        for (int i = 0; i < 4; ++i) body(scores_.v[m][n][i], products_.v[m][n][i], m, i / 2, 8 * n + 2 * t + i % 2);
+      }
+    }
+  }
+
+  XATTN_DEVICE void read_statistics(int64_t output) {
+    const Statistics* from = statistics(output) + begin_;
+    for_rows([&](int m, int i) {
+      const int token = row() + 16 * m + 8 * i + lane() / 4;
+      rows_[m][i] = token < tokens_ ? from[token] : Statistics{0.0f, 0.0f};
+    });
+  }
+
+  XATTN_DEVICE void finish() {
+    const float scale = args_.scale;
+    XATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+      XATTN_UNROLL
+      for (int n = 0; n < Plan::kFirst / 8; ++n) {
+        XATTN_UNROLL
+        for (int i = 0; i < 4; ++i) first_.v[m][n][i] *= scale;
+      }
+    }
+    store(first_, 0);
+    if constexpr (Plan::kSources) store(second_, 1);
+  }
+  template <int kColumns>
+  XATTN_DEVICE void store(Accumulator<kRowTiles, kColumns>& sum, int i) const {
+    if (columns(i) <= 0) return;
+    const Place place = control().place;
+    store_rows<P, kTokens>(sum, args_.table.view(args_.results[i], place.slot), args_.dtype, place.batch,
+                           place.head * args_.channels[i] + place.column, columns(i), begin_);
+  }
+
+  const Arguments& args_;
+  const Geometry& geometry_;
+  int64_t begin_, left_ = 0;  // tokens of a member of which none is loaded yet
+  int member_ = 0, last_ = 0, opened_ = 0, chunk_ = 0, tokens_, first_columns_,
+      second_columns_;  // of results, 0 where not wanted
+  Statistics rows_[kRowTiles][2];
+  Scores scores_, products_;
+  Accumulator<kRowTiles, Plan::kFirst / 8> first_;
+  Accumulator<kRowTiles, (Plan::kSources ? Plan::kSecond : 16) / 8> second_;
+};
+
+template <class Plan>
+XATTN_KERNEL(Plan::kThreads, 2)
+gradient_kernel(XATTN_PARAMETER Arguments args) {
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count())
+    Block<Plan>(args, static_cast<uint32_t>(work)).run();
+}
+
+template <class Plan>
+Geometry geometry(int width, int columns, int chunk, int stages) {
+  using P = typename Plan::P;
+  constexpr int kBytes = static_cast<int>(sizeof(typename P::Element));
+  Geometry g{};
+  g.chunk = chunk;
+  g.chunks = (width + chunk - 1) / chunk;
+  g.columns = columns;
+  g.stages = stages;
+  g.own = tile_elements<P>(chunk, Plan::kTokens) * kBytes;
+  g.second = tile_elements<P>(chunk, Plan::kOthers) * kBytes;
+  g.group = tile_elements<P>(columns, Plan::kOthers) * kBytes;
+  g.own_at = 2 * g.second;
+  g.columns_at = g.own_at + (g.chunks > 1 ? 2 * g.own : 0);
+  g.statistics_at = g.columns_at + (g.chunks > 1 ? (Plan::kSources ? 2 : 1) * g.group : 0);
+  g.stage = g.statistics_at + (Plan::kSources ? Plan::kOthers * static_cast<int>(sizeof(Statistics)) : 0);
+  g.first = g.chunks > 1 ? 0 : 2 * g.own;
+  g.shared = kControl + std::max(g.first + stages * g.stage, tile_elements<P>(columns, Plan::kTokens) * kBytes);
+  return g;
+}
+
+// All channels at once if they fit, in two stages if these do.
+template <class Plan>
+Geometry choose_geometry(int width, int columns, int shared_bytes) {
+  Geometry last{};
+  for (const int chunk : {width, 96, 64, 32}) {
+    if (chunk > width || (Plan::kWhole && chunk != width)) continue;
+    for (const int stages : {2, 1}) {
+      last = geometry<Plan>(width, columns, chunk, stages);
+      if (last.shared <= shared_bytes) return last;
+    }
+  }
+  return last;
+}
+
+template <class Plan>
+void start(Arguments args, const char* name, int64_t slots, int64_t longest, Stream stream) {
+  const int width = Plan::kWhole ? Plan::kChannels : padded_width(std::max(args.channels[0], args.channels[1]));
+  const int columns = Plan::kSources ? width : padded_width(args.channels[0]);
+  args.groups = static_cast<uint32_t>((columns + Plan::kFirst - 1) / Plan::kFirst);
+  args.steps = static_cast<uint32_t>((longest + Plan::kTokens - 1) / Plan::kTokens);
+  args.works = works(name, {slots, args.batch, args.heads, args.groups, args.steps});
+  args.geometry =
+      choose_geometry<Plan>(width, padded_width((columns + args.groups - 1) / args.groups), limits().shared_bytes);
+  launch(gradient_kernel<Plan>, name, args.works, Plan::kThreads, static_cast<size_t>(args.geometry.shared), stream,
+         args);
+}
+
+template <int kWidth, int kRowTiles, int kOthers>
+using Queries = Plan<BFloat16Products, kWidth, kWidth, 0, kRowTiles, kOthers>;
+template <int kWidth, int kRowTiles, int kOthers>
+using Sources = Plan<BFloat16Products, kWidth, kWidth, kWidth, kRowTiles, kOthers>;
+
+void start_queries(const Arguments& args, bool tf32, int64_t slots, int64_t longest, Stream stream) {
+  constexpr char kName[] = "softmax_query_gradients";
+  if (args.dtype != Dtype::kBFloat16) {
+    if (args.dtype == Dtype::kFloat16 || tf32)
+      return start<Plan<Tf32Products, 0, 80, 0, 1, 32>>(args, kName, slots, longest, stream);
+    return start<Plan<IeeeProducts, 0, 96, 0, 1, 32>>(args, kName, slots, longest, stream);
+  }
+  const int width = padded_width(args.channels[0]);
+  switch (width == padded_width(args.channels[1]) ? width : 0) {
+    case 32:
+      return start<Queries<32, 2, 32>>(args, kName, slots, longest, stream);
+    case 48:
+      return start<Queries<48, 2, 32>>(args, kName, slots, longest, stream);
+    case 80:
+      return start<Queries<80, 1, 64>>(args, kName, slots, longest, stream);
+    case 96:
+      return start<Queries<96, 1, 64>>(args, kName, slots, longest, stream);
+    case 144:
+      return start<Queries<144, 1, 32>>(args, kName, slots, longest, stream);
+    default:
+      return start<Plan<BFloat16Products, 0, 192, 0, 1, 32>>(args, kName, slots, longest, stream);
+  }
+}
+
+void start_sources(const Arguments& args, bool tf32, int64_t slots, int64_t longest, Stream stream) {
+  constexpr char kName[] = "softmax_source_gradients";
+  if (args.dtype != Dtype::kBFloat16) {
+    if (args.dtype == Dtype::kFloat16 || tf32)
+      return start<Plan<Tf32Products, 0, 80, 80, 1, 32>>(args, kName, slots, longest, stream);
+    return start<Plan<IeeeProducts, 0, 96, 96, 1, 32>>(args, kName, slots, longest, stream);
+  }
+  const int width = padded_width(args.channels[0]);
+  switch (width == padded_width(args.channels[1]) ? width : 0) {
+    case 32:
+      return start<Sources<32, 2, 32>>(args, kName, slots, longest, stream);
+    case 48:
+      return start<Sources<48, 2, 32>>(args, kName, slots, longest, stream);
+    case 80:
+      return start<Sources<80, 1, 32>>(args, kName, slots, longest, stream);
+    case 96:
+      return start<Sources<96, 1, 32>>(args, kName, slots, longest, stream);
+    case 144:
+      return start<Sources<144, 1, 32>>(args, kName, slots, longest, stream);
+    default:
+      return start<Plan<BFloat16Products, 0, 144, 144, 1, 32>>(args, kName, slots, longest, stream);
+  }
+}
+
+constexpr int kParts = 4;  // threads that share a query
+constexpr int kStatisticsThreads = kStatistics * kParts;
+
+struct StatisticsArguments {
+  Table table;
+  Dtype dtype;
+  int outputs, gradients, lse, lse_gradients, statistics, channels;
+  uint32_t batch, heads, steps, works;
+  Statistics* to;
+};
+
+// Of a tile of an output's queries.
+XATTN_KERNEL(kStatisticsThreads, 4) statistics_kernel(XATTN_PARAMETER StatisticsArguments args) {
+  float* parts = reinterpret_cast<float*>(shared_memory());
+  XATTN_KEEP_LOOP
+  for (int64_t at = block_index(); at < args.works; at += block_count()) {
+    uint32_t work = static_cast<uint32_t>(at);
+    const int64_t begin = static_cast<int64_t>(work % args.steps) * kStatistics;
+    work /= args.steps;
+    const int64_t head = work % args.heads;
+    work /= args.heads;
+    const int64_t batch = work % args.batch, slot = work / args.batch;
+    const View out = args.table.view(args.outputs, slot), gradient = args.table.view(args.gradients, slot);
+    if (begin >= out.tokens) continue;
+    const int i = thread_index();
+    const bool token_minor = is_token_minor(out);
+    const int n = token_minor ? i % kStatistics : i / kParts, part = token_minor ? i / kStatistics : i % kParts;
+    const int64_t token = begin + n;
+    float sum = 0.0f;
+    if (gradient.data != nullptr && token < out.tokens) {
+      XATTN_KEEP_LOOP
+      for (int c = part; c < args.channels; c += kParts) {
+        const int64_t channel = head * args.channels + c;
+        const auto element = [&](const View& view) {
+          return load_element(view.data, args.dtype,
+                              batch * view.batch_stride + channel * view.channel_stride + token * view.token_stride);
+        };
+        sum = fused_multiply_add(element(out), element(gradient), sum);
+      }
+    }
+    parts[part * kStatistics + n] = sum;
+    sync_threads();
+    if (i < kStatistics) {
+      const int64_t row = batch * args.heads + head, mine = begin + i;
+      Statistics result{kInfinity, 0.0f};
+      if (mine < out.tokens) {
+        const float* lse = reinterpret_cast<const float*>(args.table[args.lse + slot]) + row * out.tokens;
+        const float* h = reinterpret_cast<const float*>(args.table[args.lse_gradients + slot]);
+        result.lse = lse[mine] * kLog2E;
+        for (int p = 0; p < kParts; ++p) result.delta += parts[p * kStatistics + i];
+        if (h != nullptr) result.delta -= h[row * out.tokens + mine];
+      }
+      args.to[args.table[args.statistics + 2 * slot] + row * args.table[args.statistics + 2 * slot + 1] + mine] =
+          result;
+    }
+    sync_threads();
+  }
+}
+
+}  // namespace
+
+void softmax_backward(const SoftmaxProblem& problem, const SoftmaxGradients& gradients, const Call& call) {
+  const DeviceGuard guard(call.device);
+  Scratch scratch;
+  TableBuilder table;
+  const EdgeList& edges = problem.edges;
+  const int64_t outputs = problem.outputs.size;
+  // Outputs without any gradient have no part in this.
+  const auto counts = [&](int64_t output) {
+    return gradients.grad_outputs[output].data != nullptr || gradients.grad_lse[output] != nullptr;
+  };
+  std::vector<View> queries;
+  std::vector<int64_t> statistics, lse, lse_gradients;
+  std::vector<std::vector<int64_t>> by_query(static_cast<size_t>(problem.queries.size)),
+      by_source(static_cast<size_t>(problem.keys.size)), by_output(static_cast<size_t>(outputs));
+  const auto longest = [](Span<const View> views) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < views.size; ++i) tokens = std::max(tokens, views[i].tokens);
+    return tokens;
+  };
+  const int64_t longest_query = longest(problem.queries), longest_source = longest(problem.keys);
+  int64_t total = 0;
+  for (int64_t output = 0; output < outputs; ++output) {
+    const int64_t query = edges.query_of(output), tokens = problem.queries[query].tokens;
+    queries.push_back(problem.queries[query]);
+    lse.push_back(reinterpret_cast<int64_t>(problem.lse[output]));
+    lse_gradients.push_back(reinterpret_cast<int64_t>(gradients.grad_lse[output]));
+    const int64_t padded = (tokens + kStatistics - 1) / kStatistics * kStatistics;
+    statistics.insert(statistics.end(), {total, padded});
+    total += problem.batch * problem.heads * padded;
+    if (!counts(output)) continue;
+    by_query[static_cast<size_t>(query)].push_back(output);
+    for (int64_t e = edges.output_begin[output]; e < edges.output_begin[output + 1]; ++e) {
+      const int64_t source = edges.all[e].source;
+      by_output[static_cast<size_t>(output)].push_back(source);
+      by_source[static_cast<size_t>(source)].push_back(output);
+    }
+  }
+  Arguments args{};
+  args.dtype = problem.dtype;
+  args.scale = static_cast<float>(problem.scale);
+  args.exponent_scale = static_cast<float>(problem.scale * 1.4426950408889634);
+  args.channels[0] = static_cast<int>(problem.channels / problem.heads);
+  args.channels[1] = static_cast<int>(problem.value_channels / problem.heads);
+  args.batch = static_cast<uint32_t>(problem.batch);
+  args.heads = static_cast<uint32_t>(problem.heads);
+  args.statistics = table.add(statistics);
+  const int query_slots = table.add(problem.queries), query_rows = table.add({queries.data(), outputs}),
+            key_rows = table.add(problem.keys), value_rows = table.add(problem.values),
+            output_rows = table.add(problem.outputs), gradient_rows = table.add(gradients.grad_outputs),
+            query_results = table.add(gradients.queries), key_results = table.add(gradients.keys),
+            value_results = table.add(gradients.values), query_lists = table.add_lists(by_query),
+            output_lists = table.add_lists(by_output), source_lists = table.add_lists(by_source),
+            lse_row = table.add(lse), lse_gradient_row = table.add(lse_gradients);
+  const int64_t memory = scratch.reserve<Statistics>(total);
+  table.reserve(scratch);
+  scratch.allocate(call);
+  args.table = table.finish(scratch, call.stream);
+  Statistics* all = scratch.at<Statistics>(memory);
+  args.all_statistics = all;
+
+  StatisticsArguments first{args.table,
+                            problem.dtype,
+                            output_rows,
+                            gradient_rows,
+                            lse_row,
+                            lse_gradient_row,
+                            args.statistics,
+                            args.channels[1],
+                            args.batch,
+                            args.heads,
+                            0,
+                            0,
+                            all};
+  first.steps = static_cast<uint32_t>((longest_query + kStatistics - 1) / kStatistics);
+  first.works = works("softmax_statistics", {outputs, problem.batch, problem.heads, first.steps});
+  launch(statistics_kernel, "softmax_statistics", first.works, kStatisticsThreads, kStatisticsThreads * sizeof(float),
+         call.stream, first);
+
+  const auto wanted = [](Span<const View> views) {
+    return std::any_of(views.data, views.data + views.size, [](const View& view) { return view.data != nullptr; });
+  };
+  if (wanted(gradients.queries)) {
+    Arguments mine = args;
+    mine.own[0] = query_slots, mine.own[1] = gradient_rows;
+    mine.other[0] = key_rows, mine.other[1] = value_rows;
+    mine.results[0] = query_results, mine.results[1] = query_results;
+    mine.outer = query_lists, mine.lists = output_lists;
+    start_queries(mine, call.tf32, problem.queries.size, longest_query, call.stream);
+  }
+  if (wanted(gradients.keys) || wanted(gradients.values)) {
+    Arguments mine = args;
+    mine.own[0] = key_rows, mine.own[1] = value_rows;
+    mine.other[0] = query_rows, mine.other[1] = gradient_rows;
+    mine.results[0] = key_results, mine.results[1] = value_results;
+    mine.lists = source_lists;
+    start_sources(mine, call.tf32, problem.keys.size, longest_source, call.stream);
+  }
+}
+
+}  // namespace xattn::cuda
