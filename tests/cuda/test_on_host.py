@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,39 @@ FILES: dict[str, int] = {
     "block.py": 51,
 }
 
+#: What runs once more where races of threads are errors: pytest's -k, and how many tests.
+RACES = {
+    "linear.py": ("test_cases", 45),
+    "block.py": ("test_cases or test_widths", 51),
+}
+
 
 @pytest.fixture(scope="module")
 def module() -> Path:
     return build.build()
 
 
+@pytest.fixture(scope="module")
+def watching() -> Path:
+    return build.build(asan=False, races=True)
+
+
 def test_all_files_are_listed() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == {*FILES, "conftest.py"}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_file(name: str, module: Path) -> None:
-    done = run.run(module, [str(FOLDER / name)])
+def check(done: subprocess.CompletedProcess[str], count: int) -> None:
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-20_000:]
     last = done.stdout.strip().splitlines()[-1]
-    assert re.match(rf"{FILES[name]} passed", last), last
+    assert re.match(rf"{count} passed", last), last
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file(name: str, module: Path) -> None:
+    check(run.run(module, [str(FOLDER / name)]), FILES[name])
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_threads_do_not_race(name: str, watching: Path) -> None:
+    chosen, count = RACES[name]
+    check(run.run(watching, [str(FOLDER / name), "-k", chosen], asan=False), count)
