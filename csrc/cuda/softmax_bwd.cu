@@ -132,10 +132,11 @@ class Block {
   static_assert(sizeof(Control) <= kControl, "room in shared memory");
   static XATTN_DEVICE Control& control() { return *reinterpret_cast<Control*>(shared_memory()); }
 
-  // What is computed with a stage.
+  // What is computed with a stage. Control may already have what comes next.
   struct Step {
     int chunk, tokens;
-    bool first_minor, second_minor;
+    bool own_first_minor, own_second_minor, first_minor, second_minor;
+    XATTN_DEVICE bool own_token_minor(int i) const { return i == 0 ? own_first_minor : own_second_minor; }
     XATTN_DEVICE bool token_minor(int i) const { return i == 0 ? first_minor : second_minor; }
   };
 
@@ -200,7 +201,12 @@ class Block {
   XATTN_DEVICE Step load(int number) {
     const Matrix<E>* matrices = control().other[opened_];
     const int64_t token = matrices[0].view.tokens - left_;
-    const Step step{chunk_, least(left_, kOthers), matrices[0].access.token_minor, matrices[1].access.token_minor};
+    const Step step{chunk_,
+                    least(left_, kOthers),
+                    control().own[0].access.token_minor,
+                    control().own[1].access.token_minor,
+                    matrices[0].access.token_minor,
+                    matrices[1].access.token_minor};
     const bool ends = Plan::kWhole || chunk_ == geometry_.chunks - 1;
     XATTN_KEEP_LOOP
     for (int i = 0; i < (resident() ? 4 : 6); ++i) {
@@ -272,7 +278,7 @@ class Block {
   }
   // sum += own^T other, both of the first or both of the second matrices.
   XATTN_DEVICE void multiply(Scores& sum, int number, int i, const Step& now) const {
-    const bool own_minor = control().own[i].access.token_minor, other_minor = now.token_minor(i);
+    const bool own_minor = now.own_token_minor(i), other_minor = now.token_minor(i);
     if constexpr (Plan::kWhole) {
       if (own_minor == other_minor)
         return own_minor ? multiply_whole<true>(sum, number, i) : multiply_whole<false>(sum, number, i);
