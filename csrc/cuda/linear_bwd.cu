@@ -3,7 +3,7 @@
 //   dS = sum_m g_m phi(q_m)^T / d_m    dZ = -sum_m c_m phi(q_m) / d_m    (plus those of S and Z themselves)
 //   dphi(k_n) = dS^T v_n + dZ          dv_n = dS phi(k_n)
 //
-// Plan: (1) gradients of queries, which leave 1 / d and -c / d of every token (linear_bwd_queries.cu);
+// Plan: (1) gradients of queries, which leave 1 / d and -c of every token (linear_bwd_queries.cu);
 // (2) with these as weights, partial dS and dZ of chunks of every output's tokens, as states are made in the
 // forward pass (linear_states.cu); (3) their sums for initial states and for every source (states.cu);
 // (4) here: a block has some rows of dS, for dv, some columns, for dk, or all of it for both, in shared

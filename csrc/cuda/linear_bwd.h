@@ -5,7 +5,7 @@
 
 namespace xattn::cuda {
 
-// Gradients of queries, and for the sums over tokens w = 1 / d and u = -c / d of every token of an output.
+// Gradients of queries, and for the sums over tokens w = 1 / d and u = -c of every token of an output.
 struct QueryGradients {
   Dtype dtype;
   FeatureMap feature_map;

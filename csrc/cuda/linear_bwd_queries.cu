@@ -53,14 +53,6 @@ struct PrepareArguments {
   int64_t batch, channels, value_channels, rows, values, groups, works;
 };
 
-template <class P>
-XATTN_DEVICE float rounded(float x) {
-  if constexpr (std::is_same_v<P, Tf32Products>)
-    return bits_float(float_to_tf32(x));
-  else
-    return to_float(from_float<typename P::Element>(x));
-}
-
 XATTN_DEVICE float sum_of_warp(float x) {
   XATTN_UNROLL
   for (int i = kWarp / 2; i > 0; i /= 2) x += shuffle_xor(x, i);
@@ -356,7 +348,7 @@ class Block {
           float* to = problem_.weights + (output(member) * problem_.batch + batch_) * 2 * problem_.longest +
                       token(tile) + column;
           to[0] = w;
-          to[problem_.longest] = clamped ? 0.0f : -(sum + mean) * w;
+          to[problem_.longest] = clamped ? 0.0f : -(sum + mean);
         }
         denominator[n][i] = w;
         along[n][i] = sum;

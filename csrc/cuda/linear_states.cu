@@ -1,8 +1,10 @@
-// S = sum_n w_n v_n phi(k_n)^T and Z = sum_n u_n phi(k_n) over chunks of tokens.
+// S = sum_n w_n v_n phi(k_n)^T and Z = sum_n u_n w_n phi(k_n) over chunks of tokens.
 //
 // Plan: a block has a chunk of one slot and a piece of its state, kept in registers as the chunk's tokens
 // go by in tiles, two of them in flight. Z is one row more of S: that of a value which is u_n. Warps share
 // a piece by rows, columns and tokens; those with the same rows and columns add up at the end, in order.
+// Features of bfloat16 are mapped where a warp has them as an operand, in registers: tiles in shared memory
+// stay as they came. Other features are mapped there.
 #include "linear_states.h"
 #include "maths.h"
 #include "tile.h"
@@ -20,14 +22,18 @@ struct Arguments {
   float* partial;
 };
 
-// Warps by rows, columns and tokens of a tile; a warp takes 16 tokens of each.
-template <class Products, int kRowWarps, int kColumnWarps, int kTokenWarps>
+// Warps by rows, columns and tokens of a tile; a warp takes 16 tokens kSteps times. kBlocks: of a processor.
+template <class Products, int kRowWarps, int kColumnWarps, int kTokenWarps, int kSteps, int kBlocks>
 struct Plan {
   using P = Products;
+  static constexpr bool kMapped = sizeof(typename P::Element) == 2;  // in registers
+  static constexpr int kResident = kBlocks;
   static constexpr int kThreads = kWarp * kRowWarps * kColumnWarps * kTokenWarps;
-  static constexpr int kRows = kPiece * kRowWarps, kColumns = kPiece * kColumnWarps, kTokens = 16 * kTokenWarps;
+  static constexpr int kRows = kPiece * kRowWarps, kColumns = kPiece * kColumnWarps, kTokensOfWarp = 16 * kSteps,
+                       kTokens = kTokensOfWarp * kTokenWarps;
   static constexpr int kKeys = tile_elements<P>(kColumns, kTokens), kValues = tile_elements<P>(kRows, kTokens);
-  static constexpr int kStage = (kKeys + kValues) * static_cast<int>(sizeof(typename P::Element));
+  static constexpr int kTiles = (kKeys + kValues) * static_cast<int>(sizeof(typename P::Element));
+  static constexpr int kStage = kTiles + 2 * kTokens * static_cast<int>(sizeof(float));  // and w, u
   static constexpr int kSums = kRows * kColumns * static_cast<int>(sizeof(float));
   static constexpr int kShared = 2 * kStage > kSums ? 2 * kStage : kSums;
   static_assert(kStage % 16 == 0, "stages begin at multiples of 16 bytes");
@@ -87,10 +93,23 @@ class Block {
     return make_tile<P>(stage(number) + Plan::kKeys, value_access_.token_minor, Plan::kRows, Plan::kTokens);
   }
 
+  // w and u of a tile's tokens.
+  XATTN_DEVICE float* weights(int number) const {
+    return reinterpret_cast<float*>(shared_memory() + number % 2 * Plan::kStage + Plan::kTiles);
+  }
+
   XATTN_DEVICE void load(int number) const {
     const int64_t token = begin_ + number * Plan::kTokens;
     if (token < end_) {
       const int tokens = within(end_ - token, Plan::kTokens);
+      if (problem_.weights != nullptr) {
+        const float* from = problem_.weights + (slot_ * problem_.batch + batch_) * 2 * problem_.longest + token;
+        for (int i = thread_index(); i < 2 * Plan::kTokens; i += Plan::kThreads) {
+          const int which = i / Plan::kTokens, n = i % Plan::kTokens;
+          copy_async<4>(weights(number) + i, from + which * problem_.longest + (n < tokens ? n : 0),
+                        n < tokens ? 4 : 0);
+        }
+      }
       load_tile(key_, key_access_, {batch_, column_, token, columns_, tokens}, keys(number), padded(columns_),
                 Plan::kTokens);
       const int rows = within(problem_.value_channels - row_, Plan::kRows);
@@ -100,27 +119,79 @@ class Block {
     commit_copies();
   }
 
-  // phi(k), zero beyond the tensor; the row of Z; values by their weights.
+  // Row of values, in this piece, that makes Z; the value of a token there.
+  XATTN_DEVICE int last() const { return static_cast<int>(problem_.value_channels - row_); }
+  XATTN_DEVICE float value_of_z(int number, int n) const {
+    if (problem_.weights != nullptr) return weights(number)[Plan::kTokens + n];
+    return begin_ + number * Plan::kTokens + n < end_ ? 1.0f : 0.0f;
+  }
+
+  // What keys beyond the tensor are mapped to does no harm: values of such tokens are zero, that of Z as well,
+  // and columns of such channels go nowhere.
+  //
+  // w phi(k) and the row of Z in shared memory.
   XATTN_DEVICE void prepare(int number) const {
-    const int64_t token = begin_ + number * Plan::kTokens;
-    const int tokens = within(end_ - token, Plan::kTokens), columns = columns_;
     const FeatureMap name = problem_.feature_map;
-    map_tile(keys(number), padded(columns), Plan::kTokens, [=](float x, int channel, int n) {
-      return channel < columns && n < tokens ? feature_map<P::kExact>(name, x) : 0.0f;
+    const float* w = problem_.weights != nullptr ? weights(number) : nullptr;
+    map_tile(keys(number), padded(columns_), Plan::kTokens, [=](float x, int, int n) {
+      const float y = feature_map<P::kExact>(name, x);
+      return w != nullptr ? y * w[n] : y;
     });
-    const Tile<E> value = values(number);
-    const int last = static_cast<int>(problem_.value_channels - row_);
-    if (problem_.weights == nullptr) {
-      if (last < Plan::kRows)
-        for (int n = thread_index(); n < Plan::kTokens; n += Plan::kThreads) *value.at(last, n) = from_float<E>(1.0f);
-      return;
+    if (last() < Plan::kRows)
+      for (int n = thread_index(); n < Plan::kTokens; n += Plan::kThreads)
+        *values(number).at(last(), n) = from_float<E>(value_of_z(number, n));
+  }
+
+  // The product of 16 tokens of a tile with operands mapped in registers.
+  XATTN_DEVICE void multiply_mapped(int number, int first) {
+    const int g = lane() / 4, t = lane() % 4, matrix = lane() / 8, r = lane() % 8;
+    const Operand<E> k = keys(number).over_tokens(), v = values(number).over_tokens();
+    const FeatureMap name = problem_.feature_map;
+    const bool weighted = problem_.weights != nullptr;
+    // Of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    float w[4], u[4];
+    XATTN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int n = first + 2 * t + i % 2 + i / 2 * 8;
+      w[i] = weighted ? weights(number)[n] : 1.0f;
+      u[i] = value_of_z(number, n);
     }
-    const float* w = problem_.weights + (slot_ * problem_.batch + batch_) * 2 * problem_.longest + token;
-    const float* u = w + problem_.longest;
-    map_tile(value, padded(rows_), Plan::kTokens, [=](float x, int channel, int n) {
-      if (n >= tokens) return 0.0f;
-      return channel < last ? x * w[n] : channel == last ? u[n] : 0.0f;
-    });
+    uint32_t right[kPiece / 16][4];
+    XATTN_UNROLL
+    for (int n = 0; n < kPiece / 16; ++n) {
+      const int i = column_of_warp() + 16 * n;
+      if (i >= columns_) continue;
+      if (k.depth_minor)
+        load_matrices(right[n], k.at(i + matrix / 2 * 8 + r, first + matrix % 2 * 8));
+      else
+        load_matrices_transposed(right[n], k.at(i + matrix / 2 * 8, first + matrix % 2 * 8 + r));
+      XATTN_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (i + j / 2 * 8 >= columns_) continue;
+        const float x = feature_map<P::kExact>(name, bfloat16_to_float(static_cast<uint16_t>(right[n][j])));
+        const float y = feature_map<P::kExact>(name, bfloat16_to_float(static_cast<uint16_t>(right[n][j] >> 16)));
+        right[n][j] = weighted ? pack_bfloat16(x * w[j % 2 * 2], y * w[j % 2 * 2 + 1]) : pack_bfloat16(x, y);
+      }
+    }
+    const int row = row_of_warp(), z = last() - row;
+    XATTN_UNROLL
+    for (int m = 0; m < kPiece / 16; ++m) {
+      if (row + 16 * m >= rows_) continue;
+      uint32_t left[4];
+      if (v.depth_minor)
+        load_matrices(left, v.at(row + 16 * m + matrix % 2 * 8 + r, first + matrix / 2 * 8));
+      else
+        load_matrices_transposed(left, v.at(row + 16 * m + matrix % 2 * 8, first + matrix / 2 * 8 + r));
+      XATTN_UNROLL
+      for (int j = 0; j < 4; ++j)
+        if (z == 16 * m + j % 2 * 8 + g) left[j] = pack_bfloat16(u[j / 2 * 2], u[j / 2 * 2 + 1]);
+      XATTN_UNROLL
+      for (int n = 0; n < kPiece / 16; ++n) {
+        if (column_of_warp() + 16 * n >= columns_) continue;
+        multiply_bfloat16(sum_.v[m][2 * n], left, {right[n][0], right[n][1]});
+        multiply_bfloat16(sum_.v[m][2 * n + 1], left, {right[n][2], right[n][3]});
+      }
+    }
   }
 
   XATTN_DEVICE void sum_tokens() {
@@ -130,11 +201,16 @@ class Block {
       load(number + 1);
       wait_copies<1>();
       sync_threads();
-      prepare(number);
-      sync_threads();
-      multiply_add<P>(sum_, values(number).over_tokens(), row_of_warp(), keys(number).over_tokens(), column_of_warp(),
-                      token_warp() * 16, token_warp() * 16 + 16, padded(rows_) - row_of_warp(),
-                      padded(columns_) - column_of_warp());
+      if constexpr (Plan::kMapped) {
+        XATTN_KEEP_LOOP
+        for (int n = 0; n < Plan::kTokensOfWarp; n += 16) multiply_mapped(number, token_of_warp() + n);
+      } else {
+        prepare(number);
+        sync_threads();
+        multiply_add<P>(sum_, values(number).over_tokens(), row_of_warp(), keys(number).over_tokens(), column_of_warp(),
+                        token_of_warp(), token_of_warp() + Plan::kTokensOfWarp, padded(rows_) - row_of_warp(),
+                        padded(columns_) - column_of_warp());
+      }
       sync_threads();
     }
   }
@@ -160,9 +236,10 @@ class Block {
   }
 
   static constexpr int kRowWarps = Plan::kRows / kPiece, kColumnWarps = Plan::kColumns / kPiece,
-                       kTokenWarps = Plan::kTokens / 16;
+                       kTokenWarps = Plan::kTokens / Plan::kTokensOfWarp;
   static XATTN_DEVICE int row_of_warp() { return warp() % kRowWarps * kPiece; }
   static XATTN_DEVICE int column_of_warp() { return warp() / kRowWarps % kColumnWarps * kPiece; }
+  static XATTN_DEVICE int token_of_warp() { return token_warp() * Plan::kTokensOfWarp; }
   static XATTN_DEVICE int token_warp() { return warp() / kRowWarps / kColumnWarps; }
 
   const Arguments& args_;
@@ -176,7 +253,7 @@ class Block {
 };
 
 template <class Plan>
-XATTN_KERNEL(Plan::kThreads, 1)
+XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 state_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
   for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
@@ -203,13 +280,13 @@ void start_linear_states(const LinearStates& problem, const Table& table, const 
   const bool narrow = problem.channels <= kPiece && problem.value_channels < kPiece;
   if (problem.dtype == Dtype::kBFloat16) {
     if (narrow)
-      start_plan<Plan<BFloat16Products, 1, 1, 8>>(args, chunks, stream);
+      start_plan<Plan<BFloat16Products, 1, 1, 4, 1, 3>>(args, chunks, stream);
     else
-      start_plan<Plan<BFloat16Products, 2, 2, 2>>(args, chunks, stream);
+      start_plan<Plan<BFloat16Products, 2, 2, 2, 2, 1>>(args, chunks, stream);
   } else if (problem.dtype == Dtype::kFloat16 || problem.tf32) {
-    start_plan<Plan<Tf32Products, 1, 1, 4>>(args, chunks, stream);
+    start_plan<Plan<Tf32Products, 1, 1, 4, 1, 1>>(args, chunks, stream);
   } else {
-    start_plan<Plan<IeeeProducts, 1, 1, 4>>(args, chunks, stream);
+    start_plan<Plan<IeeeProducts, 1, 1, 4, 1, 1>>(args, chunks, stream);
   }
 }
 

@@ -5,7 +5,7 @@
 
 namespace xattn::cuda {
 
-// For every chunk of tokens n of slot i: S = sum_n w_n v_n phi(k_n)^T and Z = sum_n u_n phi(k_n).
+// For every chunk of tokens n of slot i: S = sum_n w_n v_n phi(k_n)^T and Z = sum_n u_n w_n phi(k_n).
 struct LinearStates {
   Dtype dtype;
   FeatureMap feature_map;

@@ -2,7 +2,8 @@
 //
 // A tile lies there as it lies in global memory: rows of tokens where these are side by side, else rows of
 // channels. Products read either. Where storage is what products want and addresses allow, copies of 16, 8
-// or 4 bytes go on by themselves; else elements are loaded one by one, and converted.
+// or 4 bytes go on by themselves; what must be converted comes in vectors where addresses allow; else
+// elements are loaded one by one.
 #pragma once
 
 #include "../problem.h"
@@ -22,6 +23,15 @@ struct Tile {
   XATTN_DEVICE Operand<E> over_channels() const { return {data, stride, !token_minor}; }
   XATTN_DEVICE Operand<E> over_tokens() const { return {data, stride, token_minor}; }
 };
+
+// x as an operand has it. What is lost can be a second operand: both together have a float's digits, or nearly.
+template <class P>
+XATTN_DEVICE float rounded(float x) {
+  if constexpr (std::is_same_v<P, Tf32Products>)
+    return bits_float(float_to_tf32(x));
+  else
+    return to_float(from_float<typename P::Element>(x));
+}
 
 // Elements of rows in shared memory that are `minor` elements long; of a tile whichever way it lies.
 // `channels` and `tokens` are multiples of 16.
@@ -111,11 +121,11 @@ struct Place {
 struct Access {
   Dtype dtype;
   bool token_minor;
-  int bytes;  // that are copied at a time; 0: element by element
+  int bytes;  // that are moved at a time; 0: element by element
 };
 template <class E>
 XATTN_DEVICE Access access(const View& view, Dtype dtype) {
-  return {dtype, is_token_minor(view), is_storage<E>(dtype) ? aligned_bytes(view, storage_bytes(dtype)) : 0};
+  return {dtype, is_token_minor(view), aligned_bytes(view, storage_bytes(dtype))};
 }
 
 // Offset of an element within a tensor.
@@ -142,19 +152,66 @@ XATTN_DEVICE void copy_tile(const View& view, const Place& place, const Tile<E>&
            });
 }
 
+// Tiles of float from float16, four elements at a time: a second load is on its way before the first is
+// needed.
+XATTN_DEVICE void convert_tile(const View& view, const Place& place, const Tile<float>& to, int padded_channels,
+                               int padded_tokens) {
+  constexpr int kPer = 4, kAhead = 2;
+  struct alignas(2 * kPer) Vector {
+    Float16 x[kPer];
+  };
+  struct alignas(4 * kPer) Floats {
+    float x[kPer];
+  };
+  const int rows = to.token_minor ? place.channels : place.tokens;
+  const int columns = to.token_minor ? place.tokens : place.channels;
+  const int64_t row_step = to.token_minor ? view.channel_stride : view.token_stride;
+  const Float16* from = reinterpret_cast<const Float16*>(view.data) + element_of(view, place, 0, 0);
+  const int per_row = (to.token_minor ? padded_tokens : padded_channels) / kPer;
+  const int count = (to.token_minor ? padded_channels : padded_tokens) * per_row;
+  XATTN_KEEP_LOOP
+  for (int first = thread_index(); first < count; first += kAhead * thread_count()) {
+    Vector v[kAhead];
+    XATTN_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + j * thread_count(), row = i / per_row, column = i % per_row * kPer;
+      const Float16* x = from + row * row_step + column;
+      if (i < count && row < rows && column + kPer <= columns) {
+        v[j] = *reinterpret_cast<const Vector*>(x);
+      } else {
+        XATTN_UNROLL
+        for (int e = 0; e < kPer; ++e) v[j].x[e] = i < count && row < rows && column + e < columns ? x[e] : Float16{0};
+      }
+    }
+    XATTN_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + j * thread_count();
+      if (i >= count) continue;
+      Floats y;
+      XATTN_UNROLL
+      for (int e = 0; e < kPer; ++e) y.x[e] = to_float(v[j].x[e]);
+      *reinterpret_cast<Floats*>(to.data + i / per_row * to.stride + i % per_row * kPer) = y;
+    }
+  }
+}
+
 // A tile from global memory, zero beyond `place` up to padded_channels x padded_tokens (multiples of 16;
 // place.token, and in a row of channels place.channel, as well). Copies are not waited for: commit_copies,
 // wait_copies and a barrier make all of it visible.
 template <class E>
 XATTN_DEVICE void load_tile(const View& view, const Access& access, const Place& place, const Tile<E>& to,
                             int padded_channels, int padded_tokens) {
-  switch (access.bytes) {
-    case 16:
-      return copy_tile<16>(view, place, to, padded_channels, padded_tokens);
-    case 8:
-      return copy_tile<8>(view, place, to, padded_channels, padded_tokens);
-    case 4:
-      return copy_tile<4>(view, place, to, padded_channels, padded_tokens);
+  if (is_storage<E>(access.dtype)) {
+    switch (access.bytes) {
+      case 16:
+        return copy_tile<16>(view, place, to, padded_channels, padded_tokens);
+      case 8:
+        return copy_tile<8>(view, place, to, padded_channels, padded_tokens);
+      case 4:
+        return copy_tile<4>(view, place, to, padded_channels, padded_tokens);
+    }
+  } else if constexpr (sizeof(E) == 4) {
+    if (access.bytes >= 8) return convert_tile(view, place, to, padded_channels, padded_tokens);
   }
   for_rows(to.token_minor ? padded_channels : padded_tokens, to.token_minor ? padded_tokens : padded_channels,
            [&](int row, int i) {
@@ -166,24 +223,38 @@ XATTN_DEVICE void load_tile(const View& view, const Access& access, const Place&
            });
 }
 
-// Stores whole vectors of kBytes, and elements where less of a row is left.
-template <int kBytes, class E>
+// Stores whole vectors of kBytes, and elements where less of a row is left. T: what the tensor has.
+template <int kBytes, class T, class E>
 XATTN_DEVICE void write_tile(const View& view, const Place& place, const Tile<E>& from) {
-  constexpr int kPer = kBytes / static_cast<int>(sizeof(E));
+  constexpr int kPer = kBytes / static_cast<int>(sizeof(T));
   struct alignas(kBytes) Vector {
+    T x[kPer];
+  };
+  struct alignas(kPer * sizeof(E)) Elements {
     E x[kPer];
   };
   const int rows = from.token_minor ? place.channels : place.tokens;
   const int columns = from.token_minor ? place.tokens : place.channels;
   const int64_t row_step = from.token_minor ? view.channel_stride : view.token_stride;
-  E* to = reinterpret_cast<E*>(view.data) + element_of(view, place, 0, 0);
+  T* to = reinterpret_cast<T*>(view.data) + element_of(view, place, 0, 0);
   for_rows(rows, (columns + kPer - 1) / kPer, [&](int row, int i) {
-    E* there = to + row * row_step + i * kPer;
-    const E* here = from.data + row * from.stride + i * kPer;
+    T* there = to + row * row_step + i * kPer;
+    const Elements here = *reinterpret_cast<const Elements*>(from.data + row * from.stride + i * kPer);
+    Vector v;
+    XATTN_UNROLL
+    for (int j = 0; j < kPer; ++j) {
+      if constexpr (sizeof(T) == sizeof(E))
+        v.x[j] = here.x[j];
+      else
+        v.x[j] = from_float<T>(to_float(here.x[j]));
+    }
     if (columns - i * kPer >= kPer) {
-      *reinterpret_cast<Vector*>(there) = *reinterpret_cast<const Vector*>(here);
+      *reinterpret_cast<Vector*>(there) = v;
     } else {
-      for (int j = 0; j < columns - i * kPer; ++j) there[j] = here[j];
+      XATTN_UNROLL
+      for (int j = 0; j < kPer; ++j) {
+        if (j < columns - i * kPer) there[j] = v.x[j];
+      }
     }
   });
 }
@@ -191,13 +262,17 @@ XATTN_DEVICE void write_tile(const View& view, const Place& place, const Tile<E>
 // A tile to global memory, rounded to its type there; the tile lies as the tensor does (access.token_minor).
 template <class E>
 XATTN_DEVICE void store_tile(const View& view, const Access& access, const Place& place, const Tile<E>& from) {
-  switch (access.bytes) {
-    case 16:
-      return write_tile<16>(view, place, from);
-    case 8:
-      return write_tile<8>(view, place, from);
-    case 4:
-      return write_tile<4>(view, place, from);
+  if (is_storage<E>(access.dtype)) {
+    switch (access.bytes) {
+      case 16:
+        return write_tile<16, E>(view, place, from);
+      case 8:
+        return write_tile<8, E>(view, place, from);
+      case 4:
+        return write_tile<4, E>(view, place, from);
+    }
+  } else if constexpr (sizeof(E) == 4) {
+    if (access.bytes >= 8) return write_tile<8, Float16>(view, place, from);
   }
   const int rows = from.token_minor ? place.channels : place.tokens;
   const int columns = from.token_minor ? place.tokens : place.channels;
@@ -219,16 +294,22 @@ XATTN_DEVICE void put_pair(const Tile<E>& tile, int channel, int token, float x,
   }
 }
 
-// Replaces elements x of channels x tokens by map(x, channel, token), two at a time.
+// Replaces elements x of channels x tokens by map(x, channel, token), four at a time.
 template <class E, class Map>
 XATTN_DEVICE void map_tile(const Tile<E>& tile, int channels, int tokens, const Map& map) {
-  for_rows(tile.token_minor ? channels : tokens, (tile.token_minor ? tokens : channels) / 2, [&](int row, int half) {
-    E* x = tile.data + row * tile.stride + 2 * half;
-    const int i = 2 * half;
-    if (tile.token_minor)
-      store_pair(x, map(to_float(x[0]), row, i), map(to_float(x[1]), row, i + 1));
-    else
-      store_pair(x, map(to_float(x[0]), i, row), map(to_float(x[1]), i + 1, row));
+  struct alignas(4 * sizeof(E)) Vector {
+    E x[4];
+  };
+  for_rows(tile.token_minor ? channels : tokens, (tile.token_minor ? tokens : channels) / 4, [&](int row, int i) {
+    Vector* place = reinterpret_cast<Vector*>(tile.data + row * tile.stride + 4 * i);
+    Vector v = *place;
+    float y[4];
+    XATTN_UNROLL
+    for (int j = 0; j < 4; ++j)
+      y[j] = tile.token_minor ? map(to_float(v.x[j]), row, 4 * i + j) : map(to_float(v.x[j]), 4 * i + j, row);
+    store_pair(v.x, y[0], y[1]);
+    store_pair(v.x + 2, y[2], y[3]);
+    *place = v;
   });
 }
 

@@ -77,6 +77,9 @@ def judge(case: Case, dtype: torch.dtype, gradients: bool = True, **options: Any
         elif dtype is torch.float16 and 1 in case.source_tokens:
             # Nothing depends on the key of a single token: its gradient is a difference of equals.
             assert (result.double() - truth.exact).abs().max() <= 1e-3 * largest
+        elif dtype is torch.bfloat16 and case.channels == 1 and i >= outputs + 4:
+            # Three roundings one after the other, and nothing that they average out over.
+            assert (result.double() - truth.exact).norm() <= 3 * 2**-8 * truth.exact.norm()
         elif gradients:
             compare.check(f"gradient {i - outputs - 2}", result, truth, gradient=True)
     assert all(map(torch.equal, inputs, kept)), "inputs changed"
