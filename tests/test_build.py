@@ -256,6 +256,14 @@ class TestCompilerByHand:
                 ],
             ),
             (["90-virtual"], ["-gencode=arch=compute_90,code=[compute_90]"]),
+            (
+                ["80-real", "90-real", "89-real", "86"],
+                [
+                    "-gencode=arch=compute_80,code=[sm_80,sm_89]",
+                    "-gencode=arch=compute_90,code=[sm_90]",
+                    "-gencode=arch=compute_86,code=[compute_86,sm_86]",
+                ],
+            ),
         ],
     )
     def test_architectures(self, archs: list[str], expected: list[str]) -> None:
@@ -299,7 +307,9 @@ class TestCompilerByHand:
         with pytest.raises(cuda.BuildError, match=r"failed \(3\):\nno such luck"):
             nvcc.build_module(str(broken), ["80-real"], tmp_path, "1", [])
 
-    @pytest.mark.parametrize("archs", [("80-real", "90a-real", "120"), ("86-real",)])
+    @pytest.mark.parametrize(
+        "archs", [("80-real", "89-real", "90a-real", "120"), ("86-real",), ("90-virtual",)]
+    )
     def test_as_cmake_does(self, tmp_path: Path, archs: tuple[str, ...]) -> None:
         compiler = cuda.find_nvcc(os.environ)
         assert compiler is not None, "make setup installs one"

@@ -34,17 +34,20 @@ def flags() -> list[str]:
 
 
 def code_of(archs: Sequence[str]) -> list[str]:
-    """Flags for architectures in CMake's notation: ``90a-real``, ``120`` (with PTX)."""
-    found = []
+    """Flags for architectures in CMake's notation: ``90a-real``, ``120`` (with PTX).
+
+    As in cmake/cuda.cmake, machine code of 86, 87 and 89 is made from the PTX of 80.
+    """
+    found: dict[str, list[str]] = {}
     for arch in archs:
         match = re.fullmatch(r"(\d+[af]?)(-real|-virtual)?", arch)
         if match is None:
             raise BuildError(f"{arch!r} is not an architecture such as 80-real, 90a-real, 120")
         number, kind = match.groups()
+        ptx = "80" if kind == "-real" and number in ("86", "87", "89") else number
         kinds = {"-real": ["sm"], "-virtual": ["compute"], None: ["compute", "sm"]}[kind]
-        code = ",".join(f"{kind}_{number}" for kind in kinds)
-        found.append(f"-gencode=arch=compute_{number},code=[{code}]")
-    return found
+        found.setdefault(ptx, []).extend(f"{kind}_{number}" for kind in kinds)
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join(x)}]" for ptx, x in found.items()]
 
 
 def kernel_command(
