@@ -243,9 +243,10 @@ XATTN_DEVICE void multiply_step(Accumulator<kRows, kColumns>& sum, const uint32_
 }
 template <int kRows, int kDepth, int kColumns, class Right>
 XATTN_DEVICE void multiply_pieces(Accumulator<kRows, kColumns>& sum, const Accumulator<kRows, kDepth>& a,
-                                  const Right& b, int columns) {
+                                  const Right& b, int columns, int depth) {
   XATTN_UNROLL
   for (int k = 0; k < kDepth / 2; ++k) {
+    if (16 * k >= depth) continue;
     uint32_t left[kRows][4];
     XATTN_UNROLL
     for (int m = 0; m < kRows; ++m) {
@@ -262,21 +263,23 @@ XATTN_DEVICE void multiply_pieces(Accumulator<kRows, kColumns>& sum, const Accum
 // sum += a b where a product's result is the left operand: what is summed over are its columns, and rows of b
 // from `begin`. It stays in the registers of its lanes: two of its tiles side by side are what a left operand of
 // bfloat16 is made of; one is what is wanted of tf32 if the rows of b are taken in another order; float32 asks
-// the lanes that have it. Columns of b from `column`, left out in tiles of 16 from `columns` on.
+// the lanes that have it. Columns of b from `column`, left out in tiles of 16 from `columns` on, and what is
+// summed over from `depth` on.
 template <class P, int kRows, int kDepth, int kColumns>
 XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumulator<kRows, kDepth>& a,
-                               const Operand<typename P::Element>& b, int column, int begin,
-                               int columns = 8 * kColumns) {
+                               const Operand<typename P::Element>& b, int column, int begin, int columns = 8 * kColumns,
+                               int depth = 8 * kDepth) {
   static_assert(kDepth % 2 == 0 && kColumns % 2 == 0, "tiles come in pairs");
   const int g = lane() / 4, t = lane() % 4;
   if constexpr (sizeof(typename P::Element) == 2) {
     if (b.depth_minor)
-      multiply_pieces(sum, a, right_pieces<true>(b, column, begin), columns);
+      multiply_pieces(sum, a, right_pieces<true>(b, column, begin), columns, depth);
     else
-      multiply_pieces(sum, a, right_pieces<false>(b, column, begin), columns);
+      multiply_pieces(sum, a, right_pieces<false>(b, column, begin), columns, depth);
   } else if constexpr (std::is_same_v<P, Tf32Products>) {
     XATTN_UNROLL
     for (int k = 0; k < kDepth; ++k) {
+      if (8 * k >= depth) continue;
       uint32_t left[kRows][4];
       XATTN_UNROLL
       for (int m = 0; m < kRows; ++m) {
@@ -296,6 +299,7 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
   } else {
     XATTN_UNROLL
     for (int k = 0; k < kDepth; ++k) {
+      if (8 * k >= depth) continue;
       XATTN_KEEP_LOOP
       for (int pair = 0; pair < 4; ++pair) {
         float left[kRows][4];

@@ -74,8 +74,8 @@ Layout tile_of(const PyramidProblem& problem, bool project, int tokens) {
       bool rows_apart = false, columns_apart = false;
       const int64_t y = span_of(g.height, height, level.height, &rows_apart);
       const int64_t x = span_of(g.width, width, level.width, &columns_apart);
-      layout.numbers.insert(layout.numbers.end(),
-                            {level.height, level.width, row, slots, y, x, rows_apart ? 1 : 0, columns_apart ? 1 : 0});
+      layout.numbers.insert(layout.numbers.end(), {level.channels, 0, level.height, level.width, row, slots, y, x,
+                                                   rows_apart ? 1 : 0, columns_apart ? 1 : 0});
       slots += y * x;
       row += problem.batch * level.height * level.width;
     }
@@ -165,26 +165,39 @@ void run(const PyramidProblem& problem, const PyramidWeights& weights, const Cal
 
   TableBuilder table;
   Scratch memory;
-  std::vector<View> features;
-  std::vector<int64_t> starts{0};
-  int64_t rows = 0;
+  std::vector<View> features, matrices;
+  std::vector<int64_t> starts{0}, numbers, levels = layout.numbers;
+  int64_t rows = 0, elements = 0, tiles_of_weights = 0;
+  const auto add_matrix = [&](const View& view, int64_t count, int64_t padded_count) {
+    matrices.push_back(view);
+    numbers.insert(numbers.end(), {count, padded_count, padded(view.tokens), elements, tiles_of_weights});
+    elements += padded_count * padded(view.tokens);
+    tiles_of_weights += ceil_div(padded_count, kPackedTile) * ceil_div(padded(view.tokens), kPackedTile);
+  };
+  if (project) add_matrix(weights.levels[0], problem.hidden, hidden);
   for (int64_t s = 1; s <= coarse; ++s) {
     const View& x = problem.levels[s].x;
     features.push_back(x);
     starts.push_back(starts.back() +
                      ceil_div(x.tokens, kProjectedPixels) * ceil_div(hidden, kProjectedHidden) * problem.batch);
     rows += problem.batch * x.tokens;
+    levels[static_cast<size_t>((s - 1) * kLevelNumbers + kWeight)] = elements;
+    add_matrix(weights.levels[s], problem.hidden, hidden);
   }
   PyramidScratch scratch{};
   scratch.hidden = problem.hidden;
   scratch.padded = hidden;
   scratch.flag_groups = ceil_div(hidden, kFlagged);
-  scratch.channels = project ? padded(first.channels) : 0;
+  scratch.channels = padded(first.channels);
   scratch.outputs = outputs;
+  scratch.classifier = elements;
+  add_matrix(weights.classifier, problem.outputs, outputs);
+  PyramidWeightsLayout laid_out{};
+  laid_out.views = table.add({matrices.data(), static_cast<int64_t>(matrices.size())});
+  laid_out.numbers = table.add(numbers);
   PyramidProjection projection{};
   projection.features = table.add({features.data(), coarse});
-  projection.weights = coarse > 0 ? table.add({weights.levels.data + 1, coarse}) : 0;
-  projection.numbers = table.add(layout.numbers);
+  projection.numbers = table.add(levels);
   projection.starts = table.add(starts);
 
   const int64_t tiles =
@@ -192,8 +205,7 @@ void run(const PyramidProblem& problem, const PyramidWeights& weights, const Cal
   const int64_t element = static_cast<int64_t>(sizeof(typename P::Element));
   const int64_t products = memory.reserve<char>(rows * hidden * element);
   const int64_t flags = memory.reserve<int>(rows * scratch.flag_groups);
-  const int64_t weight = memory.reserve<char>(hidden * scratch.channels * element);
-  const int64_t classifier = memory.reserve<char>(outputs * hidden * element);
+  const int64_t weight = memory.reserve<char>(elements * element);
   const int64_t moments =
       memory.reserve<float>(problem.mean != nullptr ? problem.batch * tiles * 2 * problem.hidden : 0);
   table.reserve(memory);
@@ -201,18 +213,19 @@ void run(const PyramidProblem& problem, const PyramidWeights& weights, const Cal
   const Table device_table = table.finish(memory, call.stream);
   scratch.products = memory.at<char>(products);
   scratch.flags = memory.at<int>(flags);
-  scratch.weight = memory.at<char>(weight);
-  scratch.classifier = memory.at<char>(classifier);
+  scratch.weights = memory.at<char>(weight);
 
+  laid_out.table = device_table;
+  laid_out.dtype = weights.dtype;
+  laid_out.count = static_cast<int>(matrices.size());
+  laid_out.works = tiles_of_weights;
+  laid_out.to = scratch.weights;
+  start_pyramid_weights(laid_out, problem.dtype, call.tf32, call.stream);
   projection.table = device_table;
   projection.dtype = problem.dtype;
-  projection.weight_dtype = weights.dtype;
   projection.levels = static_cast<int>(coarse);
   projection.batch = problem.batch;
-  projection.outputs = problem.outputs;
   projection.works = starts.back();
-  projection.weight = weights.levels[0];
-  projection.classifier = weights.classifier;
   projection.scratch = scratch;
   start_pyramid_projection(projection, call.tf32, call.stream);
 

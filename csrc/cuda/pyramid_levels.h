@@ -23,6 +23,8 @@ XATTN_BOTH Tap tap(int64_t j, int64_t length, int64_t size) {
 
 // Numbers of a coarse level in a table.
 enum LevelNumber : int {
+  kChannels,
+  kWeight,  // first element of its weights
   kHeight,
   kWidth,
   kRow,  // of its products: that of pixel 0 of sample 0
@@ -42,30 +44,42 @@ enum LevelNumber : int {
 // channels of a row there is a flag: whether one of them is infinite or NaN.
 constexpr int kFlagged = 64;
 
-// The weights as the second launch reads them: the finest level's (padded, channels), the classifier
-// (outputs, padded), all of them multiples of 16, zero past what the tensors have.
+// The weights as the kernels read them: (hidden, channels) of every level and the classifier (outputs,
+// hidden), one after the other, rows side by side, all widths padded to multiples of 16 by zeros.
 struct PyramidScratch {
   int64_t hidden, padded, flag_groups;
-  int64_t channels, outputs;  // padded
-  void *products, *weight, *classifier;
+  int64_t channels, outputs;  // padded; of the finest level
+  void *products, *weights;   // the finest level's are first
+  int64_t classifier;         // its first element
   int* flags;
+};
+
+// Matrices of any strides, laid out like that, a tile of kPackedTile rows and columns a piece of work.
+constexpr int kPackedTile = 64;
+enum MatrixNumber : int { kMatrixRows, kMatrixPadded, kMatrixColumns, kMatrixStart, kMatrixWork, kMatrixNumbers };
+struct PyramidWeightsLayout {
+  Table table;
+  Dtype dtype;
+  int views, numbers;  // in the table: (channels, tokens) are (rows, columns); padded rows and columns, ...
+  int count;
+  int64_t works;
+  void* to;
 };
 
 struct PyramidProjection {
   Table table;
-  Dtype dtype, weight_dtype;
-  int features, weights, numbers, starts;  // in the table; of coarse levels; first pieces of work of each
+  Dtype dtype;
+  int features, numbers, starts;  // in the table; of coarse levels; first pieces of work of each
   int levels;
-  int64_t batch, outputs;
-  int64_t works, packs;     // of products; of the other weights
-  View weight, classifier;  // (channels, tokens): (hidden, channels) of the finest level, (outputs, hidden)
+  int64_t batch, works;
   PyramidScratch scratch;
 };
 
 // Pixels of a piece of work, and hidden channels.
 constexpr int kProjectedPixels = 64, kProjectedHidden = 128;
 
-// Projects the coarse levels and lays out the other weights, in the element type of the dtype's products.
+// In the element type of the dtype's products. The second projects the coarse levels.
+void start_pyramid_weights(const PyramidWeightsLayout& weights, Dtype dtype, bool tf32, Stream stream);
 void start_pyramid_projection(const PyramidProjection& projection, bool tf32, Stream stream);
 
 // Partial moments, (works, 2, hidden): mean and sum of squared deviations of every tile, and its tokens.

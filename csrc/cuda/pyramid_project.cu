@@ -1,9 +1,11 @@
 // Products of the pyramid's coarse levels, each at its own resolution: p = W_s x_s.
 //
-// Plan: a block has some pixels of a sample and some hidden channels, kept in registers as the level's
-// channels go by in pieces, two of them in flight. Products are stored with hidden channels side by side,
-// as rows that the second launch copies. Other blocks lay out the weights that it reads. Then the sums of
-// what it has measured of z: partial moments of tiles, merged in double, in a fixed order.
+// Plan: weights of any type and strides are laid out once, so that all who read them copy whole rows. A
+// block has some pixels of a sample and some hidden channels, kept in registers as the level's channels go
+// by in pieces, the next one on its way. Products are stored with hidden channels side by side, as rows to
+// be copied as well.
+//
+// Last, what is measured of z: partial moments of tiles, merged in double, in a fixed order.
 #include "pyramid_levels.h"
 #include "tile.h"
 
@@ -11,7 +13,6 @@ namespace xattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kPacked = 8 * kThreads;  // elements of weights that a block lays out
 
 template <class Products>
 class Block {
@@ -20,7 +21,7 @@ class Block {
   using E = typename P::Element;
   static constexpr int kPixels = kProjectedPixels, kHidden = kProjectedHidden;
   static constexpr int kDepth = 128 / static_cast<int>(sizeof(E));
-  static constexpr int kFeatures = tile_elements<P>(kDepth, kPixels), kWeights = tile_elements<P>(kHidden, kDepth);
+  static constexpr int kFeatures = tile_elements<P>(kDepth, kPixels), kWeights = kHidden * row_stride<P>(kDepth);
   static constexpr int kStage = (kFeatures + kWeights) * static_cast<int>(sizeof(E));
   static constexpr int kShared = 2 * kStage;
   static constexpr int kStride = kHidden + 8;  // of products on their way out
@@ -31,30 +32,30 @@ class Block {
     while (level + 1 < args.levels && work >= args.table[args.starts + level + 1]) ++level;
     work -= args.table[args.starts + level];
     x_ = args.table.view(args.features, level);
-    weight_ = args.table.view(args.weights, level);
+    channels_ = number(level, kChannels);
+    weight_ = static_cast<const E*>(args.scratch.weights) + number(level, kWeight);
     const int64_t groups = (args.scratch.padded + kHidden - 1) / kHidden;
     hidden_ = work % groups * kHidden;
     const int64_t tiles = (x_.tokens + kPixels - 1) / kPixels;
     pixel_ = work / groups % tiles * kPixels;
     batch_ = work / groups / tiles;
-    row_ = args.table[args.numbers + level * kLevelNumbers + kRow] + batch_ * x_.tokens + pixel_;
+    row_ = number(level, kRow) + batch_ * x_.tokens + pixel_;
   }
 
   XATTN_DEVICE void run() {
     pixels_ = within(x_.tokens - pixel_, kPixels);
     columns_ = within(args_.scratch.padded - hidden_, kHidden);
     x_access_ = access<E>(x_, args_.dtype);
-    weight_access_ = access<E>(weight_, args_.weight_dtype);
     sum_.clear();
-    const int64_t channels = weight_.tokens;
     load(0);
     XATTN_KEEP_LOOP
-    for (int number = 0; static_cast<int64_t>(number) * kDepth < channels; ++number) {
+    for (int number = 0; static_cast<int64_t>(number) * kDepth < channels_; ++number) {
       wait_copies<0>();
       sync_threads();
       load(number + 1);
-      multiply_add<P>(sum_, features(number).over_channels(), pixel_of_warp(), weights(number).over_tokens(),
-                      hidden_of_warp(), 0, padded(within(channels - static_cast<int64_t>(number) * kDepth, kDepth)),
+      multiply_add<P>(sum_, features(number).over_channels(), pixel_of_warp(),
+                      {weights(number), row_stride<P>(kDepth), true}, hidden_of_warp(), 0,
+                      padded(within(channels_ - static_cast<int64_t>(number) * kDepth, kDepth)),
                       padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
     }
     wait_copies<0>();
@@ -64,6 +65,9 @@ class Block {
   }
 
  private:
+  XATTN_DEVICE int64_t number(int level, LevelNumber which) const {
+    return args_.table[args_.numbers + level * kLevelNumbers + which];
+  }
   static XATTN_DEVICE int within(int64_t left, int most) { return static_cast<int>(left < most ? left : most); }
   static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
   static XATTN_DEVICE int pixel_of_warp() { return warp() % 2 * 32; }
@@ -73,19 +77,21 @@ class Block {
   XATTN_DEVICE Tile<E> features(int number) const {
     return make_tile<P>(stage(number), x_access_.token_minor, kDepth, kPixels);
   }
-  // Weights are a tensor whose channels are the hidden ones and whose tokens are the level's channels.
-  XATTN_DEVICE Tile<E> weights(int number) const {
-    return make_tile<P>(stage(number) + kFeatures, weight_access_.token_minor, kHidden, kDepth);
-  }
+  XATTN_DEVICE E* weights(int number) const { return stage(number) + kFeatures; }
 
   XATTN_DEVICE void load(int number) const {
     const int64_t channel = static_cast<int64_t>(number) * kDepth;
-    if (channel < weight_.tokens) {
-      const int depth = within(weight_.tokens - channel, kDepth);
+    if (channel < channels_) {
+      const int depth = within(channels_ - channel, kDepth);
       load_tile(x_, x_access_, {batch_, channel, pixel_, depth, pixels_}, features(number), padded(depth),
                 padded(pixels_));
-      load_tile(weight_, weight_access_, {0, hidden_, channel, within(args_.scratch.hidden - hidden_, kHidden), depth},
-                weights(number), columns_, padded(depth));
+      constexpr int kPer = 16 / static_cast<int>(sizeof(E));
+      const int64_t row_step = (channels_ + 15) / 16 * 16;
+      const E* from = weight_ + hidden_ * row_step + channel;
+      E* to = weights(number);
+      for_rows(columns_, padded(depth) / kPer, [&](int row, int i) {
+        copy_async(to + row * row_stride<P>(kDepth) + i * kPer, from + row * row_step + i * kPer);
+      });
     }
     commit_copies();
   }
@@ -131,27 +137,45 @@ class Block {
   }
 
   const PyramidProjection& args_;
-  View x_, weight_;
-  Access x_access_, weight_access_;
-  int64_t batch_, pixel_, hidden_, row_;
+  View x_;
+  Access x_access_;
+  const E* weight_;
+  int64_t channels_, batch_, pixel_, hidden_, row_;
   int pixels_, columns_;  // hidden channels are columns
   Accumulator<2, 8> sum_;
 };
 
-// kPacked elements of the finest level's weights, then of the classifier.
-template <class E>
-XATTN_DEVICE void pack(const PyramidProjection& args, int64_t work) {
-  const PyramidScratch& scratch = args.scratch;
-  const int64_t weights = scratch.padded * scratch.channels, all = weights + scratch.outputs * scratch.padded;
-  for (int64_t i = work * kPacked + thread_index(); i < (work + 1) * kPacked && i < all; i += kThreads) {
-    const bool first = i < weights;
-    const View& view = first ? args.weight : args.classifier;
-    const int64_t j = first ? i : i - weights, columns = first ? scratch.channels : scratch.padded;
-    const int64_t row = j / columns, column = j % columns;
-    float x = 0.0f;
-    if (row < (first ? scratch.hidden : args.outputs) && column < view.tokens)
-      x = load_element(view.data, args.weight_dtype, row * view.channel_stride + column * view.token_stride);
-    static_cast<E*>(first ? scratch.weight : scratch.classifier)[j] = from_float<E>(x);
+template <class P>
+constexpr int kPackShared = tile_elements<P>(kPackedTile, kPackedTile) * static_cast<int>(sizeof(typename P::Element));
+
+template <class P>
+XATTN_KERNEL(kThreads, 2)
+pack_kernel(XATTN_PARAMETER PyramidWeightsLayout args) {
+  using E = typename P::Element;
+  const auto within = [](int64_t left) { return static_cast<int>(left < kPackedTile ? left : kPackedTile); };
+  XATTN_KEEP_LOOP
+  for (int64_t work = block_index(); work < args.works; work += block_count()) {
+    const auto number = [&](int matrix, MatrixNumber which) {
+      return args.table[args.numbers + matrix * kMatrixNumbers + which];
+    };
+    int matrix = args.count - 1;
+    while (matrix > 0 && work < number(matrix, kMatrixWork)) --matrix;
+    const View view = args.table.view(args.views, matrix);
+    const int64_t rows = number(matrix, kMatrixPadded), columns = number(matrix, kMatrixColumns);
+    const int64_t across = (columns + kPackedTile - 1) / kPackedTile, tile_number = work - number(matrix, kMatrixWork);
+    const int64_t row = tile_number / across * kPackedTile, column = tile_number % across * kPackedTile;
+    const Access how = access<E>(view, args.dtype);
+    const Tile<E> tile = make_tile<P>(reinterpret_cast<E*>(shared_memory()), how.token_minor, kPackedTile, kPackedTile);
+    const int64_t rows_left = number(matrix, kMatrixRows) - row, columns_left = view.tokens - column;
+    load_tile(view, how,
+              {0, row, column, rows_left < 0 ? 0 : within(rows_left), columns_left < 0 ? 0 : within(columns_left)},
+              tile, within(rows - row), within(columns - column));
+    commit_copies();
+    wait_copies<0>();
+    sync_threads();
+    E* to = static_cast<E*>(args.to) + number(matrix, kMatrixStart) + row * columns + column;
+    for_rows(within(rows - row), within(columns - column), [&](int i, int j) { to[i * columns + j] = *tile.at(i, j); });
+    sync_threads();
   }
 }
 
@@ -159,22 +183,22 @@ template <class P>
 XATTN_KERNEL(kThreads, 2)
 project_kernel(XATTN_PARAMETER PyramidProjection args) {
   XATTN_KEEP_LOOP
-  for (int64_t work = block_index(); work < args.works + args.packs; work += block_count()) {
-    if (work < args.works)
-      Block<P>(args, work).run();
-    else
-      pack<typename P::Element>(args, work - args.works);
-  }
+  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<P>(args, work).run();
 }
 
-template <class P>
-void start(PyramidProjection args, Stream stream) {
-  args.packs = ((args.scratch.channels + args.scratch.outputs) * args.scratch.padded + kPacked - 1) / kPacked;
-  launch(project_kernel<P>, "pyramid_project", args.works + args.packs, kThreads, Block<P>::kShared, stream, args);
+// body(kind of products) for a dtype.
+template <class Body>
+void with_products(Dtype dtype, bool tf32, const Body& body) {
+  if (dtype == Dtype::kBFloat16)
+    body(BFloat16Products());
+  else if (dtype == Dtype::kFloat16 || tf32)
+    body(Tf32Products());
+  else
+    body(IeeeProducts());
 }
 
-constexpr int kChannels = 32, kParts = 8;  // of a block that merges: hidden channels, and shares of the tiles
-constexpr int kMergeShared = kChannels * kParts * static_cast<int>(sizeof(double));
+constexpr int kMerged = 32, kParts = 8;  // of a block that merges: hidden channels, and shares of the tiles
+constexpr int kMergeShared = kMerged * kParts * static_cast<int>(sizeof(double));
 
 // The sum of a channel's parts, in the order of these.
 XATTN_DEVICE double sum_parts(double part) {
@@ -182,20 +206,20 @@ XATTN_DEVICE double sum_parts(double part) {
   parts[thread_index()] = part;
   sync_threads();
   double sum = 0.0;
-  for (int i = 0; i < kParts; ++i) sum += parts[i * kChannels + thread_index() % kChannels];
+  for (int i = 0; i < kParts; ++i) sum += parts[i * kMerged + thread_index() % kMerged];
   sync_threads();
   return sum;
 }
 
 // Chan, Golub and LeVeque: squared deviations from the mean of all are those from a tile's own and those of
 // its mean.
-XATTN_KERNEL(kChannels* kParts, 2) merge_kernel(XATTN_PARAMETER PyramidMoments args) {
+XATTN_KERNEL(kMerged* kParts, 2) merge_kernel(XATTN_PARAMETER PyramidMoments args) {
   const int64_t rows = (args.height + args.tile_height - 1) / args.tile_height;
   const int64_t columns = (args.width + args.tile_width - 1) / args.tile_width;
   const auto within = [](int64_t left, int most) { return static_cast<double>(left < most ? left : most); };
-  for (int64_t work = block_index(); work * kChannels < args.hidden; work += block_count()) {
-    const int64_t channel = work * kChannels + thread_index() % kChannels;
-    const int part = thread_index() / kChannels;
+  for (int64_t work = block_index(); work * kMerged < args.hidden; work += block_count()) {
+    const int64_t channel = work * kMerged + thread_index() % kMerged;
+    const int part = thread_index() / kMerged;
     const auto for_tiles = [&](const auto& body) {
       double sum = 0.0;
       if (channel >= args.hidden) return sum;
@@ -222,18 +246,23 @@ XATTN_KERNEL(kChannels* kParts, 2) merge_kernel(XATTN_PARAMETER PyramidMoments a
 
 }  // namespace
 
+void start_pyramid_weights(const PyramidWeightsLayout& weights, Dtype dtype, bool tf32, Stream stream) {
+  with_products(dtype, tf32, [&](auto products) {
+    using P = decltype(products);
+    launch(pack_kernel<P>, "pyramid_weights", weights.works, kThreads, kPackShared<P>, stream, weights);
+  });
+}
+
 void start_pyramid_projection(const PyramidProjection& projection, bool tf32, Stream stream) {
-  if (projection.dtype == Dtype::kBFloat16)
-    start<BFloat16Products>(projection, stream);
-  else if (projection.dtype == Dtype::kFloat16 || tf32)
-    start<Tf32Products>(projection, stream);
-  else
-    start<IeeeProducts>(projection, stream);
+  with_products(projection.dtype, tf32, [&](auto products) {
+    using P = decltype(products);
+    launch(project_kernel<P>, "pyramid_project", projection.works, kThreads, Block<P>::kShared, stream, projection);
+  });
 }
 
 void start_pyramid_moments(const PyramidMoments& moments, Stream stream) {
-  launch(merge_kernel, "pyramid_moments", (moments.hidden + kChannels - 1) / kChannels, kChannels * kParts,
-         kMergeShared, stream, moments);
+  launch(merge_kernel, "pyramid_moments", (moments.hidden + kMerged - 1) / kMerged, kMerged * kParts, kMergeShared,
+         stream, moments);
 }
 
 }  // namespace xattn::cuda

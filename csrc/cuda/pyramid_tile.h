@@ -9,8 +9,8 @@
 namespace xattn::cuda::pyramid {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kTokens = 32;  // of a warp
-constexpr int kPad = 8;      // of rows of hidden channels
+constexpr int kTokens = 32, kHidden = 64;  // of a warp: tokens, and hidden channels at most
+constexpr int kPad = 8;                    // of rows of hidden channels
 
 // kForward: from the levels to the output. kTraining: and store z or its moments. kStored: from a stored z.
 enum class Mode { kForward, kTraining, kStored };
@@ -102,7 +102,10 @@ class Block {
   // Of a step: its first hidden channel, and what of the block's and of the warp's are there.
   XATTN_DEVICE int64_t hidden(int step) const { return static_cast<int64_t>(step / pieces_) * g_.hidden; }
   XATTN_DEVICE int hidden_left(int step) const { return within(args_.scratch.padded - hidden(step), g_.hidden); }
-  XATTN_DEVICE int columns_left(int step) const { return within(hidden_left(step) - column_of_warp(), g_.columns); }
+  // The same of all warps, so that nothing that lanes do together seems to depend on which they are: where
+  // not all of the block's hidden channels are left, what lies past them is zero up to the last warp's.
+  XATTN_DEVICE int columns_left(int step) const { return within(hidden_left(step), g_.columns); }
+  XATTN_DEVICE int hidden_filled(int step) const { return g_.hidden - g_.columns + columns_left(step); }
   // Of the tile's token: whether it is in the image, and which one it is.
   XATTN_DEVICE bool inside(int token) const { return token / g_.width < rows_ && token % g_.width < columns_; }
   XATTN_DEVICE int64_t place(int token) const { return (y_ + token / g_.width) * args_.width + x_ + token % g_.width; }
@@ -145,40 +148,43 @@ class Block {
     }
   }
 
-  // Rows of `elements`, multiples of 16, of which `from(row)` gives the address; null: zeros.
+  // Rows of `elements` of which `from(row)` gives the address, null: none, and zeros up to `filled`; both
+  // are multiples of 16.
   template <class From>
-  XATTN_DEVICE void copy_rows(int rows, int elements, E* to, int stride, const From& from) const {
+  XATTN_DEVICE void copy_rows(int rows, int elements, int filled, E* to, int stride, const From& from) const {
     constexpr int kPer = 16 / static_cast<int>(sizeof(E));
-    for_rows(rows, elements / kPer, [&](int row, int i) {
-      const E* there = from(row);
+    for_rows(rows, filled / kPer, [&](int row, int i) {
+      const E* there = i * kPer < elements ? from(row) : nullptr;
       copy_async(to + row * stride + i * kPer, there != nullptr ? there + i * kPer : static_cast<const E*>(nothing()),
                  there != nullptr ? 16 : 0);
     });
   }
-  XATTN_DEVICE const void* nothing() const { return args_.scratch.classifier; }
+  XATTN_DEVICE const void* nothing() const { return args_.scratch.weights; }
 
   XATTN_DEVICE void load(int step) const {
     const PyramidScratch& scratch = args_.scratch;
-    const int piece = step % pieces_, count = hidden_left(step);
+    const int piece = step % pieces_, count = hidden_left(step), filled = hidden_filled(step);
     const int64_t first = hidden(step);
+    const E* weights = static_cast<const E*>(scratch.weights);
     if constexpr (kMode == Mode::kStored) {
-      load_image(args_.map, map_access_, first, within(args_.hidden - first, g_.hidden), stored(step), count);
+      load_image(args_.map, map_access_, first, within(args_.hidden - first, g_.hidden), stored(step), filled);
     } else if (piece < channel_pieces_) {
       const int64_t channel = static_cast<int64_t>(piece) * g_.depth;
-      const E* from = static_cast<const E*>(scratch.weight) + first * scratch.channels + channel;
-      copy_rows(count, within(scratch.channels - channel, g_.depth), left(step), row_stride<P>(g_.depth),
-                [&](int row) { return from + row * scratch.channels; });
+      const int depth = within(scratch.channels - channel, g_.depth);
+      const E* from = weights + first * scratch.channels + channel;
+      copy_rows(filled, depth, depth, left(step), row_stride<P>(g_.depth),
+                [&](int row) { return row < count ? from + row * scratch.channels : static_cast<const E*>(nullptr); });
     } else {
       const int slot = (piece - channel_pieces_) * g_.depth;
       const int64_t* rows = slot_rows() + slot;
       const E* from = static_cast<const E*>(scratch.products) + first;
-      copy_rows(within(g_.slots - slot, g_.depth), count, left(step), g_.hidden + kPad, [&](int row) {
+      copy_rows(within(g_.slots - slot, g_.depth), count, filled, left(step), g_.hidden + kPad, [&](int row) {
         return rows[row] < 0 ? static_cast<const E*>(nullptr) : from + rows[row] * scratch.padded;
       });
     }
     if (piece + 1 == pieces_ && args_.output.data != nullptr) {
-      const E* from = static_cast<const E*>(scratch.classifier) + group_ * scratch.padded + first;
-      copy_rows(within(scratch.outputs - group_, g_.outputs), count, classifier(step), g_.hidden + kPad,
+      const E* from = weights + scratch.classifier + group_ * scratch.padded + first;
+      copy_rows(within(scratch.outputs - group_, g_.outputs), count, filled, classifier(step), g_.hidden + kPad,
                 [&](int row) { return from + row * scratch.padded; });
       for (int i = thread_index(); i < 2 * g_.hidden; i += kThreads) {
         const int64_t channel = first + i % g_.hidden;
@@ -269,9 +275,8 @@ class Block {
     } else if (piece < channel_pieces_) {
       const int channel = piece * g_.depth;
       const Tile<E> x = features();
-      multiply_add<P>(sum_, {x.at(channel, 0), x.stride, !x.token_minor}, token_of_warp(),
-                      {left(step), row_stride<P>(g_.depth), true}, column_of_warp(), 0,
-                      within(args_.scratch.channels - channel, g_.depth), 2 * 16, columns);
+      multiply({x.at(channel, 0), x.stride, !x.token_minor}, {left(step), row_stride<P>(g_.depth), true},
+               within(args_.scratch.channels - channel, g_.depth), columns);
     } else {
       const int slot = (piece - channel_pieces_) * g_.depth, depth = within(g_.slots - slot, g_.depth);
       if (flagged_) {
@@ -281,9 +286,14 @@ class Block {
         });
         sync_threads();
       }
-      multiply_add<P>(sum_, {shares() + slot, shares_stride(), true}, token_of_warp(),
-                      {left(step), g_.hidden + kPad, false}, column_of_warp(), 0, depth, 2 * 16, columns);
+      multiply({shares() + slot, shares_stride(), true}, {left(step), g_.hidden + kPad, false}, depth, columns);
     }
+  }
+  XATTN_DEVICE void multiply(const Operand<E>& tokens, const Operand<E>& hidden, int depth, int columns) {
+    if (columns == kHidden)
+      multiply_add<P>(sum_, tokens, token_of_warp(), hidden, column_of_warp(), 0, depth);
+    else
+      multiply_add<P>(sum_, tokens, token_of_warp(), hidden, column_of_warp(), 0, depth, kTokens, columns);
   }
 
   // body(value of z, hidden channel, token): of this lane; channels count from the block's first.
@@ -318,7 +328,13 @@ class Block {
       z = fused_multiply_add(scale[column], z, shift[column]);
       z = z < 0.0f ? 0.0f : z;
     });
-    classify(classifier(step) + column_of_warp(), columns);
+    const Operand<E> v{classifier(step) + column_of_warp(), g_.hidden + kPad, true};
+    const int outputs = within(args_.scratch.outputs - group_, g_.outputs);
+    // Rows of z are tokens: it is a left operand as it lies.
+    if (columns == kHidden)
+      multiply_add<P>(out_, sum_, v, 0, 0, outputs);
+    else
+      multiply_add<P>(out_, sum_, v, 0, 0, outputs, columns);
   }
 
   // The products that are infinite or NaN, of the pixels that a token lies between: `tap` is one of the four.
@@ -391,77 +407,6 @@ class Block {
     });
   }
 
-  // out += z V^T, where rows are tokens: z is a left operand as it lies in registers. `classifier` has the
-  // outputs' rows, from the warp's first hidden channel on.
-  XATTN_DEVICE void classify(const E* classifier, int columns) {
-    const int stride = g_.hidden + kPad, outputs = within(args_.scratch.outputs - group_, g_.outputs);
-    const int g = lane() / 4, t = lane() % 4;
-    if constexpr (sizeof(E) == 2) {
-      const int matrix = lane() / 8, r = lane() % 8;
-      XATTN_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (16 * j >= columns) continue;
-        uint32_t z[2][4];
-        XATTN_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const float* pair = &sum_.v[i / 4][2 * j + i % 4 / 2][i % 2 * 2];
-          z[i / 4][i % 4] = pack_bfloat16(pair[0], pair[1]);
-        }
-        XATTN_UNROLL
-        for (int n = 0; n < kOut / 2; ++n) {
-          if (16 * n >= outputs) continue;
-          uint32_t right[4];
-          load_matrices(right, classifier + (16 * n + matrix / 2 * 8 + r) * stride + 16 * j + matrix % 2 * 8);
-          XATTN_UNROLL
-          for (int m = 0; m < 2; ++m) {
-            multiply_bfloat16(out_.v[m][2 * n], z[m], {right[0], right[1]});
-            multiply_bfloat16(out_.v[m][2 * n + 1], z[m], {right[2], right[3]});
-          }
-        }
-      }
-    } else if constexpr (std::is_same_v<P, Tf32Products>) {
-      // A lane has columns 2 t and 2 t + 1, a product takes t and t + 4: their order does not matter.
-      XATTN_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        if (8 * j >= columns) continue;
-        uint32_t z[2][4];
-        XATTN_UNROLL
-        for (int i = 0; i < 8; ++i) z[i / 4][i % 4] = float_to_tf32(sum_.v[i / 4][j][i % 2 * 2 + i % 4 / 2]);
-        XATTN_UNROLL
-        for (int n = 0; n < kOut; ++n) {
-          if (8 * n >= outputs) continue;
-          const float* v = classifier + (8 * n + g) * stride + 8 * j + 2 * t;
-          const uint32_t right[2] = {float_to_tf32(v[0]), float_to_tf32(v[1])};
-          XATTN_UNROLL
-          for (int m = 0; m < 2; ++m) multiply_tf32(out_.v[m][n], z[m], right);
-        }
-      }
-    } else {
-      XATTN_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        if (8 * j >= columns) continue;
-        XATTN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          XATTN_KEEP_LOOP
-          for (int s = 0; s < 4; ++s) {  // column 8 j + 2 s + i, which lane s of four has
-            float z[2][2];
-            XATTN_UNROLL
-            for (int m = 0; m < 4; ++m) z[m / 2][m % 2] = shuffle(sum_.v[m / 2][j][m % 2 * 2 + i], lane() / 4 * 4 + s);
-            const float* v = classifier + 8 * j + 2 * s + i;
-            XATTN_UNROLL
-            for (int n = 0; n < kOut; ++n) {
-              if (8 * n >= outputs) continue;
-              XATTN_UNROLL
-              for (int k = 0; k < 8; ++k)
-                out_.v[k / 4][n][k % 4] = fused_multiply_add(z[k / 4][k % 4 / 2], v[(8 * n + 2 * t + k % 2) * stride],
-                                                             out_.v[k / 4][n][k % 4]);
-            }
-          }
-        }
-      }
-    }
-  }
-
   // Warps of the same tokens one after another, then all of it, with the bias, to global memory.
   XATTN_DEVICE void store_outputs() {
     float* sums = shared<float>(g_.stages);
@@ -487,8 +432,8 @@ class Block {
   int64_t group_, tile_, batch_, y_, x_;
   int rows_, columns_, channel_pieces_, pieces_;
   bool flagged_;
-  Accumulator<2, 8> sum_;
-  Accumulator<2, kOut> out_;
+  Accumulator<kTokens / 16, kHidden / 8> sum_;
+  Accumulator<kTokens / 16, kOut> out_;
 };
 
 }  // namespace xattn::cuda::pyramid

@@ -397,7 +397,7 @@ def launches(twin: Any, statistics: bool, gradient: bool) -> list[str]:
 
 
 def test_map_is_stored_if_needed(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two launches; the map is neither a result nor scratch memory."""
+    """Three launches; the map is neither a result nor scratch memory."""
     sizes: list[int] = []
     ask = native_cuda.Scratch.__call__
 
@@ -406,10 +406,10 @@ def test_map_is_stored_if_needed(twin: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return ask(self, size)
 
     monkeypatch.setattr(native_cuda.Scratch, "__call__", counted)
-    assert launches(twin, False, False) == ["pyramid_project", "pyramid_forward"]
-    assert launches(twin, False, True) == ["pyramid_project", "pyramid_training"]
-    with_statistics = ["pyramid_project", "pyramid_training", "pyramid_moments"]
-    with_statistics += ["pyramid_project", "pyramid_classify"]
+    assert launches(twin, False, False) == ["pyramid_weights", "pyramid_project", "pyramid_forward"]
+    assert launches(twin, False, True) == ["pyramid_weights", "pyramid_project", "pyramid_training"]
+    with_statistics = ["pyramid_weights", "pyramid_project", "pyramid_training", "pyramid_moments"]
+    with_statistics += ["pyramid_weights", "pyramid_classify"]
     assert launches(twin, True, False) == with_statistics
     sizes.clear()
     case = Pyramid("map", ((40, 60), (4, 6)), (3, 4), hidden=100, outputs=2, batch=1)
