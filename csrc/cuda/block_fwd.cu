@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "block.h"
+#include "block_sm90.h"
 #include "linear_states.h"
 #include "operators.h"
 
@@ -69,7 +70,10 @@ void block_forward(const BlockProblem& problem, int64_t sets, const Call& call) 
   const DeviceGuard guard(call.device);
   const bool bfloat16 = problem.dtype == Dtype::kBFloat16, tf32 = problem.dtype == Dtype::kFloat16 || call.tf32;
   const int64_t padded = padded_channels(problem.channels), element = bfloat16 ? 2 : 4;
-  const int64_t most = bfloat16 ? chain_outputs(problem.channels) : problem.outputs.size;
+  const Limits device = limits();
+  const bool sm90 = block_sm90_asked(problem.dtype, device);
+  const bool targets_sm90 = sm90 && targets_sm90_fit(problem.channels, device);
+  const int64_t most = bfloat16 && !targets_sm90 ? chain_outputs(problem.channels) : problem.outputs.size;
   const Projections found = projections(problem, most);
   const char* packed = static_cast<const char*>(problem.packed);
   const PackedBlock weights{packed,
@@ -93,7 +97,9 @@ void block_forward(const BlockProblem& problem, int64_t sets, const Call& call) 
                        table.add(flat(found.sources)),
                        0,
                        0};
-  int64_t chunk = chunk_of_sources(sources);
+  int64_t chunk = sm90 ? chunk_of_sources_sm90(sources, device) : 0;
+  const bool sources_sm90 = chunk > 0;
+  if (!sources_sm90) chunk = chunk_of_sources(sources);
   const bool stored = chunk == 0;
   int64_t rows = 0;
   for (const int64_t tokens : source_tokens) rows += tokens * problem.batch;
@@ -109,6 +115,9 @@ void block_forward(const BlockProblem& problem, int64_t sets, const Call& call) 
   }
   const int target_pairs = table.add(flat(found.targets));
   const int members = table.add_lists(found.members), results = table.add_lists(found.results);
+  TargetPlan plan{};
+  if (targets_sm90) plan = plan_targets_sm90(problem, found.targets, found.results, device);
+  const int items = table.add(plan.items), first = table.add(plan.first);
   const Chunks chunks =
       make_chunks(source_tokens, problem.batch, problem.channels, problem.channels, chunk, table, scratch);
   const int64_t count = problem.outputs.size * problem.batch;
@@ -137,6 +146,8 @@ void block_forward(const BlockProblem& problem, int64_t sets, const Call& call) 
     start_linear_states({bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32, FeatureMap::kIdentity, tf32, problem.batch,
                          problem.channels, problem.channels, sources.keys, sources.values, nullptr, 0},
                         device_table, chunks, partial, call.stream);
+  } else if (sources_sm90) {
+    start_sources_sm90(sources, device_table, chunks, partial, call.stream);
   } else {
     start_sources(sources, device_table, chunks, partial, call.stream);
   }
@@ -157,7 +168,9 @@ void block_forward(const BlockProblem& problem, int64_t sets, const Call& call) 
                              outputs,
                              target_pairs,
                              results};
-  if (bfloat16) {
+  if (targets_sm90) {
+    start_targets_sm90(targets, plan, items, first, device_table, call.stream);
+  } else if (bfloat16) {
     size_t longest_list = 0;
     for (const auto& list : found.results) longest_list = std::max(longest_list, list.size());
     start_chain_targets(targets, static_cast<int64_t>(longest_list), device_table, call.stream);

@@ -17,6 +17,7 @@ FILES: dict[str, int] = {
     "linear_edges.py": 102,
     "pyramid.py": 250,
     "block.py": 51,
+    "block_sm90.py": 90,
     "softmax.py": 128,
     "softmax_edges.py": 115,
 }

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <set>
 #include <stdexcept>
 
 #include "control.h"
@@ -23,9 +24,8 @@ void configure(uint64_t seed, int processors, int shared_bytes, int capability) 
 }
 
 void drop(const std::string& kind, const std::string& file, int line) {
-  if (kind != "barrier" && kind != "warp" && kind != "wait") {
-    throw std::runtime_error("twin_drop: kind: got '" + kind + "', expected 'barrier', 'warp' or 'wait'");
-  }
+  static const std::set<std::string> kinds{"barrier", "warp", "wait", "some", "fence", "phase", "product"};
+  if (kinds.count(kind) == 0) throw std::runtime_error("twin_drop: there is no kind '" + kind + "'");
   twin::Settings settings = twin::configuration();
   settings.drop_kind = kind;
   settings.drop_file = file;
@@ -73,7 +73,8 @@ void bind_twin(py::module_& module) {
              "the number of the launch. Ends twin_drop; twin_places and twin_launches start anew.");
   module.def("twin_drop", &drop, py::arg("kind"), py::arg("file"), py::arg("line"),
              "The call of sync_threads ('barrier'), sync_warp ('warp') or wait_copies ('wait') at this line of the "
-             "file whose name ends so does nothing, until twin_configure is called.");
+             "file whose name ends so does nothing, until twin_configure is called. Of sm90.h: sync_some ('some'), "
+             "fence_async ('fence'), wait_phase ('phase'), wait_products ('product').");
   module.def("twin_places", &places, "(kind, file, line, count) of all calls that twin_drop could name.");
   module.def("twin_launches", &launches, "(kernel, blocks, threads, bytes of shared memory) of all launches.");
   module.def("twin_counts", &counts,

@@ -36,7 +36,7 @@ TWIN = ROOT / "tests" / "cuda" / "twin"
 BUILD = ROOT / "build" / "twin"
 
 #: Of csrc/cuda, what only a GPU or its driver can run.
-NOT_ON_HOST = {"probe.cu", "launch.cu", "block_sm90.cu"}
+NOT_ON_HOST = {"probe.cu", "launch.cu"}
 
 #: -O1 takes half the time of -O2 to compile, and the tests run as fast.
 KERNEL_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-strict-aliasing")
@@ -217,7 +217,7 @@ def _prune(days: int = 7) -> None:
 
 def _sources(name: str, asan: bool, races: bool) -> list[Source]:
     kernels = (*KERNEL_FLAGS, *(ASAN_FLAGS if asan else RACE_FLAGS if races else ()))
-    layer = [TWIN / file for file in ("twin.cpp", "fiber.cpp", "values.cpp", "races.cpp")]
+    layer = [TWIN / file for file in ("twin.cpp", "fiber.cpp", "values.cpp", "races.cpp", "sm90_twin.cpp")]
     sources = [Source(path, LAYER_FLAGS) for path in layer]
     sources.append(Source(TWIN / "bind.cpp", HOST_FLAGS))
     if name == "_cuda":

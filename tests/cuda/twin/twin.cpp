@@ -13,6 +13,7 @@
 #include "fiber.h"
 #include "races.h"
 #include "values.h"
+#include "wait.h"
 
 extern "C" {
 __attribute__((weak)) void* __asan_region_is_poisoned(void* begin, size_t size);
@@ -44,6 +45,7 @@ struct Worker : Thread {
   std::vector<Copy> copies;
   int groups = 0;  // committed
   bool started = false, returned = false;
+  const char* parked = nullptr;  // by what
 };
 
 // Of its lanes, as bits.
@@ -70,6 +72,8 @@ struct Scheduler {
   Call call = nullptr;
   size_t shared_bytes = 0;
   std::string error;
+  uint64_t turns = 0;                 // blocks that have run
+  std::string (*at_end)() = nullptr;  // of this one
 };
 
 Scheduler scheduler;
@@ -126,6 +130,7 @@ std::string where(const Worker& worker) {
   if (worker.returned) return "returned";
   if (warp.met >> worker.lane & 1) return std::string(name_of(warp.kind)) + " at " + text(worker.site);
   if (warp.waiting >> worker.lane & 1) return "sync_threads at " + text(worker.site);
+  if (worker.parked) return std::string(worker.parked) + " at " + text(worker.site);
   return "runs";
 }
 
@@ -321,6 +326,12 @@ void finish() {
   warp.returned |= 1u << me.lane;
   scheduler.returned++;
   set_runnable(me.warp, warp.runnable & ~(1u << me.lane));
+  if (scheduler.returned < block.threads) {
+    if (!scheduler.runnable) fail("nobody can go on");
+  } else if (scheduler.at_end) {
+    const std::string fault = scheduler.at_end();
+    if (!fault.empty()) fail(fault);
+  }
   give_way();
   std::abort();
 }
@@ -334,6 +345,8 @@ void enter() {
 
 void run_block(int index) {
   block.index = index;
+  scheduler.turns++;
+  scheduler.at_end = nullptr;
   pass_barrier();
   spoil(block.shared, scheduler.shared_bytes);
   scheduler.waiting = scheduler.returned = 0;
@@ -350,6 +363,7 @@ void run_block(int index) {
     worker.copies.clear();
     worker.groups = 0;
     worker.started = worker.returned = false;
+    worker.parked = nullptr;
   }
   thread = nullptr;
   thread = next();
@@ -375,6 +389,32 @@ void make_workers(int count) {
 }
 
 }  // namespace
+
+void park(Site site, const char* what) {
+  Worker& me = self();
+  me.site = site;
+  me.parked = what;
+  block_lane(me, scheduler.warps[me.warp]);
+  me.parked = nullptr;
+}
+
+void wake(int index) {
+  const Worker& other = *scheduler.workers[index];
+  set_runnable(other.warp, scheduler.warps[other.warp].runnable | 1u << other.lane);
+}
+
+bool passed_over(const char* kind, Site site) {
+  note(kind, site);
+  return dropped(kind, site);
+}
+
+uint64_t random_bits() { return draw() >> 20; }
+
+uint64_t turn() { return scheduler.turns; }
+
+size_t shared_bytes() { return scheduler.shared_bytes; }
+
+void at_end(std::string (*check)()) { scheduler.at_end = check; }
 
 void meet(Collective kind, Site site, void* result, const void* a, const void* b) {
   rendezvous(kind, site, {result, a, b, 0, 0});
