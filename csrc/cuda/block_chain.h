@@ -21,6 +21,8 @@ struct Shape {
   static constexpr bool kExact = kExact_;
   static constexpr int kTiles = (kWidth + 15) / 16, kHalves = kWidth / 8, kPadded = 16 * kTiles;
   static constexpr int kBlocks = kTokens / 16;
+  // Half a tile of channels is left: biases are columns of matrices there, and features one.
+  static constexpr bool kFolded = kWidth % 16 == 8;
   static_assert(kExact || kWidth % 16 == 0, "tiles of 16 channels are left out, not halves of them");
 };
 
@@ -51,21 +53,23 @@ struct Sums {
 XATTN_DEVICE float softplus_bfloat16(float x) {
   constexpr float c[] = {0.9999432563781738f, -0.4969778060913086f, 0.30630093812942505f, -0.15742720663547516f,
                          0.04134730249643326f};
-  const float t = exp2_approximate(-kLog2E * (x < 0.0f ? -x : x));
+  const float size = bits_float(float_bits(x) & 0x7FFFFFFFu), t = exp2_approximate(-kLog2E * size);
   return fused_multiply_add(t, polynomial(t, c), larger(x, 0.0f));
 }
 
 // Where this lane reads a core of a tile of 16 x 16 weights: of tile k of a row of tiles, 128 elements further each.
+// A left operand wants rows and rows + 8 first, a right one columns and columns + 8.
+template <bool kColumns>
 XATTN_DEVICE int weight_offset(int padded) {
-  const int core = lane() / 8, row = lane() % 8;
-  return core % 2 * 8 * padded + core / 2 * 64 + row * 8;
+  const int core = lane() / 8, row = kColumns ? core % 2 : core / 2, column = kColumns ? core / 2 : core % 2;
+  return row * 8 * padded + column * 64 + lane() % 8 * 8;
 }
 
 // sums += x W^T, of a row of tiles of W at `w` (weight_offset added).
 template <bool kColumns, class S>
 XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels) {
   // Of few tokens, two sums at a time: products that wait for each other keep the tensor cores waiting.
-  constexpr int kParts = S::kBlocks == 1 ? 2 : 1;
+  constexpr int kParts = S::kBlocks == 1 && S::kExact ? 2 : 1;
   Sums<S> odd{};
   XATTN_UNROLL
   for (int k = 0; k < S::kTiles; ++k) {
@@ -80,8 +84,8 @@ XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16*
         multiply_bfloat16(to.v[i][0], a, {b[0], b[2]});
         multiply_bfloat16(to.v[i][1], a, {b[1], b[3]});
       } else {
-        multiply_bfloat16(to.v[i][0], b, {a[0], a[2]});
-        multiply_bfloat16(to.v[i][1], b, {a[1], a[3]});
+        multiply_bfloat16(to.v[i][0], b, {a[0], a[1]});
+        multiply_bfloat16(to.v[i][1], b, {a[2], a[3]});
       }
     }
   }
@@ -94,9 +98,13 @@ XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16*
   }
 }
 
-// Sums that begin with the biases of 16 channels.
+// Sums that begin with the biases of 16 channels, if they are not folded into the matrix.
 template <bool kColumns, class S>
 XATTN_DEVICE void begin_with(Sums<S>& sums, const float* bias) {
+  if constexpr (S::kFolded) {
+    sums = {};
+    return;
+  }
   const int g = lane() / 4, t = lane() % 4;
   XATTN_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -118,6 +126,12 @@ XATTN_DEVICE uint32_t within(uint32_t pair, int channel, const Channels& channel
   return channel + 1 < channels.count ? pair : channel < channels.count ? pair & 0xFFFFu : 0u;
 }
 
+// Features of the three columns that biases are folded into, two of them a lane.
+XATTN_DEVICE uint32_t ones() {
+  const int t = lane() % 4;
+  return t == 0 ? 0x3F803F80u : t == 1 ? 0x3F80u : 0u;
+}
+
 enum class Activation { kRelu, kSoftplus };
 
 // Both elements of a pair at once.
@@ -127,9 +141,9 @@ XATTN_DEVICE uint32_t activate(float low, float high) {
                                           : pack_bfloat16(softplus_bfloat16(low), softplus_bfloat16(high));
 }
 
-// Sums with tokens as rows to tile j of an operand.
+// Sums with tokens as rows to tile j of an operand; `rest` fills half a tile that has no channels.
 template <Activation kActivation, class S>
-XATTN_DEVICE void activate(const Sums<S>& sums, int j, const Channels& channels, Fragments<S>& to) {
+XATTN_DEVICE void activate(const Sums<S>& sums, int j, const Channels& channels, uint32_t rest, Fragments<S>& to) {
   XATTN_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int channel = 16 * j + 8 * h;
@@ -139,28 +153,30 @@ XATTN_DEVICE void activate(const Sums<S>& sums, int j, const Channels& channels,
       for (int r = 0; r < 2; ++r) {
         uint32_t& pair = to.v[i][j][2 * h + r];
         if (channel >= S::kWidth) {
-          pair = 0;
+          pair = rest;
           continue;
         }
         pair = activate<kActivation>(sums.v[i][h][2 * r], sums.v[i][h][2 * r + 1]);
-        if (channel + 8 > S::kFrom) pair = within(pair, channel + 2 * (lane() % 4), channels);
+        if (channel + 8 > S::kFrom && channel + 8 > channels.count)
+          pair = within(pair, channel + 2 * (lane() % 4), channels);
       }
     }
   }
 }
 
-// to = activation(x W^T + b). `rows(j)` gives a row of 16 x 16 tiles of W in shared memory.
+// to = activation(x W^T + b). `rows(j)` gives a row of 16 x 16 tiles of W in shared memory. The result of relu is
+// to be projected again.
 template <Activation kActivation, class S, class Rows>
 XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channels& channels, const Rows& rows,
                           Fragments<S>& to) {
-  const int offset = weight_offset(S::kExact ? S::kPadded : channels.padded);
+  const int offset = weight_offset<false>(S::kExact ? S::kPadded : channels.padded);
   XATTN_UNROLL
   for (int j = 0; j < S::kTiles; ++j) {
     if (!S::kExact && j >= tiles<S>(channels)) continue;
     Sums<S> sums;
     begin_with<false>(sums, bias + 16 * j);
     multiply<false>(sums, x, rows(j) + offset, channels);
-    activate<kActivation>(sums, j, channels, to);
+    activate<kActivation>(sums, j, channels, kActivation == Activation::kRelu ? ones() : 0u, to);
   }
 }
 
@@ -188,115 +204,145 @@ struct Slab {
   }
 };
 
-// What of a tensor a slab has: `channels` from `channel` on of `tokens` from `token` on.
+// A run of tokens of one sample in global memory: where it begins, bytes from row to row (of tokens, or of channels)
+// and bytes that are copied at a time; 0: elements lie apart, or at odd addresses.
+struct Run {
+  char* data;
+  int64_t step;
+  bool token_minor;
+  int bytes;
+};
+XATTN_DEVICE Run run_of(const View& view, int64_t batch, int64_t begin) {
+  const Access how = access<BFloat16>(view, Dtype::kBFloat16);
+  return {view.data + 2 * (batch * view.batch_stride + begin * view.token_stride),
+          2 * (how.token_minor ? view.channel_stride : view.token_stride), how.token_minor, how.bytes};
+}
+
+// What of a run a slab has: `channels` from `channel` on of `tokens` from `token` on.
 struct Part {
-  int64_t batch, token;
-  int channel, channels, tokens;
+  int token, channel, channels, tokens;
+  // Address of the first element of a run with rows.
+  XATTN_DEVICE char* in(const Run& run) const {
+    return run.token_minor ? run.data + channel * run.step + 2 * token : run.data + token * run.step + 2 * channel;
+  }
 };
 
-template <int kBytes, int kColumns, int kTokens>
-XATTN_DEVICE void copy_rows(const char* from, int64_t step, int rows, int valid_rows, int valid,
-                            const Slab<kTokens>& to) {
-  constexpr int kPer = kBytes / 2, kPieces = kColumns / kPer;
+// body(row, column) for all pieces of kPer elements of rows of kColumns, neighbours along a row.
+template <int kPer, int kColumns, class Body>
+XATTN_DEVICE void for_pieces(int rows, const Body& body) {
+  constexpr int kPieces = kColumns / kPer;
   XATTN_KEEP_LOOP
-  for (int i = lane(); i < rows * kPieces; i += kWarp) {
-    const int row = i / kPieces, column = i % kPieces * kPer;
+  for (int i = opaque(lane()); i < rows * kPieces; i += kWarp) body(i / kPieces, i % kPieces * kPer);
+}
+
+template <int kBytes, int kColumns, int kTokens>
+XATTN_DEVICE void copy_rows(const Run& run, const Part& part, int rows, int valid_rows, int valid,
+                            const Slab<kTokens>& to) {
+  constexpr int kPer = kBytes / 2;
+  const char* from = part.in(run);
+  for_pieces<kPer, kColumns>(rows, [&](int row, int column) {
     const int left = row < valid_rows ? valid - column : 0;
     const int count = left < 0 ? 0 : left > kPer ? kPer : left;
-    copy_async<kBytes>(to.at(row, column), count > 0 ? from + row * step + 2 * column : from, 2 * count);
-  }
+    copy_async<kBytes>(to.at(row, column), count > 0 ? from + row * run.step + 2 * column : run.data, 2 * count);
+  });
 }
 
 template <int kBytes, int kWidth, int kTokens>
-XATTN_DEVICE void copy_part(const View& view, const char* from, const Part& part, int width, const Slab<kTokens>& to) {
+XATTN_DEVICE void copy_part(const Run& run, const Part& part, int width, const Slab<kTokens>& to) {
   if (to.token_minor)
-    copy_rows<kBytes, kTokens>(from, 2 * view.channel_stride, width, part.channels, part.tokens, to);
+    copy_rows<kBytes, kTokens>(run, part, width, part.channels, part.tokens, to);
   else
-    copy_rows<kBytes, kWidth>(from, 2 * view.token_stride, kTokens, part.tokens, part.channels, to);
+    copy_rows<kBytes, kWidth>(run, part, kTokens, part.tokens, part.channels, to);
 }
 
-// From global memory, zero beyond the part. `width` channels in rows of tokens, kWidth of them in rows of
-// channels. To be committed, waited for, and then seen by the warp after sync_warp.
-template <int kWidth, int kTokens>
-XATTN_DEVICE void load_part(const View& view, const Access& access, const Part& part, int width,
-                            const Slab<kTokens>& to) {
-  const int64_t first =
-      part.batch * view.batch_stride + part.channel * view.channel_stride + part.token * view.token_stride;
-  const char* from = part.tokens > 0 ? view.data + 2 * first : view.data;
-  switch (access.bytes) {
-    case 16:
-      return copy_part<16, kWidth>(view, from, part, width, to);
-    case 8:
-      return copy_part<8, kWidth>(view, from, part, width, to);
-    case 4:
-      return copy_part<4, kWidth>(view, from, part, width, to);
-  }
+// body(channel, token, offset) for all elements of a part, `offset` that of a View.
+template <int kTokens, class Body>
+XATTN_DEVICE void for_elements(const View& view, int64_t batch, int64_t begin, const Part& part, int channels,
+                               int tokens, const Body& body) {
   XATTN_KEEP_LOOP
-  for (int i = lane(); i < kTokens * width; i += kWarp) {
+  for (int i = opaque(lane()); i < kTokens * channels; i += kWarp) {
     const int token = i % kTokens, channel = i / kTokens;
-    BFloat16 x{0};
-    if (channel < part.channels && token < part.tokens)
-      x = reinterpret_cast<const BFloat16*>(from)[channel * view.channel_stride + token * view.token_stride];
-    *(to.token_minor ? to.at(channel, token) : to.at(token, channel)) = x;
+    if (token >= tokens) continue;
+    body(channel, token,
+         batch * view.batch_stride + (part.channel + channel) * view.channel_stride +
+             (begin + part.token + token) * view.token_stride);
   }
+}
+
+// From global memory, channels from the first one on, zero beyond the part. `width` channels in rows of tokens,
+// kWidth of them in rows of channels. To be committed, waited for, and then seen by the warp after sync_warp.
+// view() is what the run is of.
+template <int kWidth, int kTokens, class ViewOf>
+XATTN_DEVICE void load_part(const Run& run, const ViewOf& view, int64_t batch, int64_t begin, const Part& part,
+                            int width, const Slab<kTokens>& to) {
+  switch (run.bytes) {
+    case 16:
+      return copy_part<16, kWidth>(run, part, width, to);
+    case 8:
+      return copy_part<8, kWidth>(run, part, width, to);
+    case 4:
+      return copy_part<4, kWidth>(run, part, width, to);
+  }
+  const View whole = view();
+  for_elements<kTokens>(whole, batch, begin, part, width, kTokens, [&](int channel, int token, int64_t offset) {
+    BFloat16 x{0};
+    if (channel < part.channels && token < part.tokens) x = reinterpret_cast<const BFloat16*>(whole.data)[offset];
+    *(to.token_minor ? to.at(channel, token) : to.at(token, channel)) = x;
+  });
 }
 
 template <int kBytes, int kColumns, int kTokens>
-XATTN_DEVICE void write_rows(char* to, int64_t step, int rows, int valid, const Slab<kTokens>& from) {
-  constexpr int kPer = kBytes / 2, kPieces = kColumns / kPer;
+XATTN_DEVICE void write_rows(const Run& run, const Part& part, int rows, int valid, const Slab<kTokens>& from) {
+  constexpr int kPer = kBytes / 2;
   struct alignas(kBytes) Vector {
     BFloat16 x[kPer];
   };
-  XATTN_KEEP_LOOP
-  for (int i = lane(); i < rows * kPieces; i += kWarp) {
-    const int row = i / kPieces, column = i % kPieces * kPer;
-    if (column >= valid) continue;
+  char* to = part.in(run);
+  for_pieces<kPer, kColumns>(rows, [&](int row, int column) {
+    if (column >= valid) return;
     const BFloat16* here = from.at(row, column);
-    BFloat16* there = reinterpret_cast<BFloat16*>(to + row * step) + column;
+    BFloat16* there = reinterpret_cast<BFloat16*>(to + row * run.step) + column;
     if (column + kPer <= valid) {
       *reinterpret_cast<Vector*>(there) = *reinterpret_cast<const Vector*>(here);
     } else {
       for (int j = 0; j < valid - column; ++j) there[j] = here[j];
     }
-  }
+  });
 }
 
 template <int kBytes, int kWidth, int kTokens>
-XATTN_DEVICE void write_part(const View& view, char* to, const Part& part, const Slab<kTokens>& from) {
+XATTN_DEVICE void write_part(const Run& run, const Part& part, const Slab<kTokens>& from) {
   if (from.token_minor)
-    write_rows<kBytes, kTokens>(to, 2 * view.channel_stride, part.channels, part.tokens, from);
+    write_rows<kBytes, kTokens>(run, part, part.channels, part.tokens, from);
   else
-    write_rows<kBytes, kWidth>(to, 2 * view.token_stride, part.tokens, part.channels, from);
+    write_rows<kBytes, kWidth>(run, part, part.tokens, part.channels, from);
 }
 
 // A part of at most kWidth channels to global memory.
-template <int kWidth, int kTokens>
-XATTN_DEVICE void store_part(const View& view, const Access& access, const Part& part, const Slab<kTokens>& from) {
+template <int kWidth, int kTokens, class ViewOf>
+XATTN_DEVICE void store_part(const Run& run, const ViewOf& view, int64_t batch, int64_t begin, const Part& part,
+                             const Slab<kTokens>& from) {
   if (part.tokens <= 0) return;
-  const int64_t first =
-      part.batch * view.batch_stride + part.channel * view.channel_stride + part.token * view.token_stride;
-  char* to = view.data + 2 * first;
-  switch (access.bytes) {
+  switch (run.bytes) {
     case 16:
-      return write_part<16, kWidth>(view, to, part, from);
+      return write_part<16, kWidth>(run, part, from);
     case 8:
-      return write_part<8, kWidth>(view, to, part, from);
+      return write_part<8, kWidth>(run, part, from);
     case 4:
-      return write_part<4, kWidth>(view, to, part, from);
+      return write_part<4, kWidth>(run, part, from);
   }
-  XATTN_KEEP_LOOP
-  for (int i = lane(); i < kTokens * part.channels; i += kWarp) {
-    const int token = i % kTokens, channel = i / kTokens;
-    if (token < part.tokens)
-      reinterpret_cast<BFloat16*>(to)[channel * view.channel_stride + token * view.token_stride] =
-          *(from.token_minor ? from.at(channel, token) : from.at(token, channel));
-  }
+  const View whole = view();
+  for_elements<kTokens>(whole, batch, begin, part, part.channels, part.tokens,
+                        [&](int channel, int token, int64_t offset) {
+                          reinterpret_cast<BFloat16*>(whole.data)[offset] =
+                              *(from.token_minor ? from.at(channel, token) : from.at(token, channel));
+                        });
 }
 
 // All of a slab's tokens and channels as an operand.
-template <class S>
-XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, Fragments<S>& x) {
-  const int core = lane() / 8, row = lane() % 8;
+template <bool kTokenMinor, class S>
+XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, int core, int row,
+                                 Fragments<S>& x) {
   XATTN_UNROLL
   for (int k = 0; k < S::kTiles; ++k) {
     if (!S::kExact && k >= tiles<S>(channels)) continue;
@@ -305,13 +351,22 @@ XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& c
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
       const int token = 16 * i + core % 2 * 8;
-      if (from.token_minor)
+      if constexpr (kTokenMinor)
         load_matrices_transposed(x.v[i][k], from.at(channel + row, token));
       else
         load_matrices(x.v[i][k], from.at(token + row, channel));
-      if (!whole) x.v[i][k][2] = x.v[i][k][3] = 0;
+      if (!whole) x.v[i][k][2] = x.v[i][k][3] = ones();
     }
   }
+}
+
+template <class S>
+XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, Fragments<S>& x) {
+  const int l = opaque(lane()), core = l / 8, row = l % 8;
+  if (from.token_minor)
+    load_fragments<true>(from, channels, core, row, x);
+  else
+    load_fragments<false>(from, channels, core, row, x);
 }
 
 }  // namespace xattn::cuda

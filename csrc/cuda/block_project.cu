@@ -25,38 +25,41 @@ class Block {
   static_assert(Plan::kStream, "three matrices, piece by piece");
 
   XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
-    pair_ = work % problem_.count;
+    pair_ = static_cast<int>(work % problem_.count);
     work /= problem_.count;
-    begin_ = work % args.runs * args.run;
-    batch_ = work / args.runs;
-    x_ = args.table.view(problem_.features, args.table[problem_.pairs + 2 * pair_]);
-    end_ = begin_ + args.run < x_.tokens ? begin_ + args.run : x_.tokens;
+    run_ = static_cast<int>(work % args.runs);
+    batch_ = static_cast<int>(work / args.runs);
+    const View x = view();
+    const int64_t left = x.tokens - begin();
+    count_ = static_cast<int>(left < args.run ? left : args.run);
+    x_ = run_of(x, batch_, begin());
     channels_ = {static_cast<int>(problem_.channels), static_cast<int>(padded_channels(problem_.channels))};
   }
 
   XATTN_DEVICE void run() {
-    if (begin_ >= end_) return;
-    access_ = access<BFloat16>(x_, Dtype::kBFloat16);
+    if (count_ <= 0) return;
     const int64_t set = args_.table[problem_.pairs + 2 * pair_ + 1] * kProjections;
     const int padded = channels_.padded;
     const auto source = [=](int i) {
       const int projection = i == 0 ? kValue : i == 1 ? kKey1 : kKey2;
       return problem_.packed.matrices + (set + projection) * padded * padded * 2;
     };
-    const int64_t uses = (end_ - begin_ + args_.geometry.tile - 1) / args_.geometry.tile;
+    const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
     MatrixStream<true, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 3, uses, source);
-    load(0);
-    matrices.begin(padded);
-    copy_biases(bias(0), padded, problem_.packed.biases + (set + kKey1) * padded, padded, 3);
-    wait_copies<1>();
-    sync_threads();
+    copy_biases(bias(0), problem_.packed.biases + (set + kKey1) * padded, padded, 3);
     XATTN_KEEP_LOOP
-    for (int number = 0; begin_ + number * static_cast<int64_t>(args_.geometry.tile) < end_; ++number) {
-      sync_warp();
+    for (int number = -1; number * args_.geometry.tile < count_; ++number) {
       Fragments<S> x, h;
+      sync_warp();
       load_fragments(slab(), channels_, x);
       sync_warp();
       load(number + 1);
+      if (number < 0) {
+        matrices.begin(0, padded);
+        wait_copies<1>();
+        sync_threads();
+        continue;
+      }
       emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
       project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
       emit<Activation::kSoftplus>(h, bias(1), problem_.keys, number, matrices);
@@ -66,28 +69,32 @@ class Block {
   }
 
  private:
-  XATTN_DEVICE int64_t token(int number) const {
-    return begin_ + static_cast<int64_t>(number) * args_.geometry.tile + warp() * kTokens;
-  }
+  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int64_t left = end_ - token(number);
-    return left > kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
+    const int left = count_ - token(number);
+    return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
   XATTN_DEVICE char* memory() const { return shared_memory() + args_.geometry.slabs + warp() * Plan::kWarpBytes; }
-  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, access_.token_minor); }
+  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
   XATTN_DEVICE float* bias(int matrix) const {
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * channels_.padded;
   }
+  XATTN_DEVICE int64_t begin() const { return run_ * args_.run; }
+  // Read again where it is wanted, rather than kept.
+  XATTN_DEVICE View view() const {
+    return args_.table.view(problem_.features, args_.table[opaque(problem_.pairs + 2 * pair_)]);
+  }
   XATTN_DEVICE void load(int number) const {
-    load_part<S::kWidth>(x_, access_, {batch_, token(number), 0, channels_.count, tokens(number)},
-                         S::kExact ? S::kWidth : channels_.padded, slab());
+    load_part<S::kWidth>(
+        x_, [this] { return view(); }, batch_, begin(), {token(number), 0, channels_.count, tokens(number)},
+        S::kExact ? S::kWidth : channels_.padded, slab());
   }
 
   // activation(W x + b) of a tile to where the table has the pair's keys or values.
   template <Activation kActivation, class Matrices>
   XATTN_DEVICE void emit(const Fragments<S>& x, const float* bias, int views, int number, Matrices& matrices) const {
-    const View out = args_.table.view(views, pair_);
-    const Access out_access{Dtype::kBFloat16, false, 16};
+    const auto view = [&] { return args_.table.view(views, opaque(pair_)); };
+    const Run out = run_of(view(), batch_, begin());
     const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, false);
     gather<Plan, false>(
         x, channels_, to, matrices, [&](Sums<S>& sums, int m) { begin_with<false>(sums, bias + 16 * m); },
@@ -95,16 +102,15 @@ class Block {
           return activate<kActivation>(sums.v[b][h][2 * r], sums.v[b][h][2 * r + 1]);
         },
         [&](int first, int count) {
-          store_part<Plan::kGathered>(out, out_access, {batch_, token(number), 16 * first, 16 * count, tokens(number)},
-                                      to);
+          store_part<Plan::kGathered>(out, view, batch_, begin(),
+                                      {token(number), 16 * first, 16 * count, tokens(number)}, to);
         });
   }
 
   const Arguments& args_;
   const BlockSources& problem_;
-  View x_;
-  Access access_;
-  int64_t pair_, batch_, begin_, end_;
+  Run x_;
+  int pair_, run_, batch_, count_;  // tokens of the run
   Channels channels_;
 };
 

@@ -38,7 +38,6 @@ struct Plan {
   static constexpr int kRowGroups = kRowGroups_, kColumnGroups = kColumnGroups_;
   static constexpr int kRows = (S::kTiles + kRowGroups - 1) / kRowGroups;
   static constexpr int kColumns = (S::kHalves + kColumnGroups - 1) / kColumnGroups;
-  static constexpr bool kZRow = S::kWidth % 16 == 8;
   static constexpr int kTile = kWarps * S::kTokens;
   // Bytes: matrices, biases, features of a warp, keys and values of a warp; sums, where features were.
   static constexpr int kMatrix = S::kPadded * S::kPadded * 2;
@@ -59,30 +58,38 @@ class Block {
   static constexpr int kTokens = S::kTokens;
 
   XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args) {
-    pair_ = work % args.pairs;
+    pair_ = static_cast<int>(work % args.pairs);
     work /= args.pairs;
-    chunk_ = work % args.per_slot;
-    batch_ = work / args.per_slot;
-    x_ = args.table.view(args.features, args.table[args.list + 2 * pair_]);
-    begin_ = chunk_ * args.chunk;
-    end_ = begin_ + args.chunk < x_.tokens ? begin_ + args.chunk : x_.tokens;
+    chunk_ = static_cast<int>(work % args.per_slot);
+    batch_ = static_cast<int>(work / args.per_slot);
+    const View x = view();
+    const int64_t begin = chunk_ * args.chunk, left = x.tokens - begin;
+    count_ = static_cast<int>(left < args.chunk ? left : args.chunk);
+    x_ = run_of(x, batch_, begin);
     channels_ = {static_cast<int>(args.channels), S::kPadded};
   }
 
   XATTN_DEVICE void run() {
-    if (begin_ >= end_) return;
-    access_ = access<BFloat16>(x_, Dtype::kBFloat16);
+    if (count_ <= 0) return;
     load_weights();
-    load(0);
-    commit_copies();
-    wait_copies<0>();
-    sync_threads();
     clear();
     XATTN_KEEP_LOOP
-    for (int number = 0; begin_ + number * Plan::kTile < end_; ++number) {
+    for (int number = -1; number * Plan::kTile < count_; ++number) {
       // Of warps that share nothing, each ends with its last token.
-      if (!Plan::kShare && token(number) >= end_) break;
-      project_tile(number);
+      if (!Plan::kShare && number >= 0 && token(number) >= count_) break;
+      Fragments<S> x;
+      wait_copies<0>();
+      sync_warp();
+      load_fragments(slab(), channels_, x);
+      sync_warp();
+      load(number + 1);
+      commit_copies();
+      if (number < 0) {
+        wait_copies<0>();
+        sync_threads();
+        continue;
+      }
+      project_tile(x, tokens(number));
       if constexpr (Plan::kShare) {
         sync_threads();
         add_shared();
@@ -95,15 +102,13 @@ class Block {
   }
 
  private:
-  XATTN_DEVICE int64_t token(int number) const {
-    return begin_ + (static_cast<int64_t>(number) * Plan::kWarps + warp()) * kTokens;
-  }
+  XATTN_DEVICE int token(int number) const { return (number * Plan::kWarps + warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int64_t left = end_ - token(number);
-    return left > kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
+    const int left = count_ - token(number);
+    return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
   XATTN_DEVICE Slab<kTokens> slab() const {
-    return Slab<kTokens>::make(shared_memory() + Plan::kSlabs + warp() * Plan::kSlab, S::kWidth, access_.token_minor);
+    return Slab<kTokens>::make(shared_memory() + Plan::kSlabs + warp() * Plan::kSlab, S::kWidth, x_.token_minor);
   }
   XATTN_DEVICE const BFloat16* rows(int matrix, int tile) const {
     return reinterpret_cast<const BFloat16*>(shared_memory()) + (matrix * S::kPadded + 16 * tile) * S::kPadded;
@@ -123,17 +128,18 @@ class Block {
 
   XATTN_DEVICE void load_weights() const {
     const int64_t set = args_.table[args_.list + 2 * pair_ + 1] * kProjections + kKey1;
-    const int padded = static_cast<int>(padded_channels(args_.channels));
-    XATTN_KEEP_LOOP
-    for (int i = 0; i < 3; ++i)
-      copy_matrix(shared_memory() + i * Plan::kMatrix, S::kPadded,
-                  args_.packed.matrices + (set + i) * padded * padded * 2, padded);
-    copy_biases(reinterpret_cast<float*>(shared_memory() + Plan::kBiases), S::kPadded,
-                args_.packed.biases + set * padded, padded, 3);
+    copy_projections<S>(shared_memory(), reinterpret_cast<float*>(shared_memory() + Plan::kBiases), args_.packed, set,
+                        3, static_cast<int>(padded_channels(args_.channels)));
   }
 
+  // Read again where it is wanted, rather than kept.
+  XATTN_DEVICE View view() const {
+    return args_.table.view(args_.features, args_.table[opaque(args_.list + 2 * pair_)]);
+  }
   XATTN_DEVICE void load(int number) const {
-    load_part<S::kWidth>(x_, access_, {batch_, token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab());
+    load_part<S::kWidth>(
+        x_, [this] { return view(); }, batch_, chunk_ * args_.chunk,
+        {token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab());
   }
 
   XATTN_DEVICE void clear() {
@@ -149,29 +155,38 @@ class Block {
     for (int m = 0; m < S::kTiles; ++m) z_[m][0] = z_[m][1] = 0.0f;
   }
 
-  XATTN_DEVICE void project_tile(int number) {
-    wait_copies<0>();
-    sync_warp();
-    Fragments<S> x, h;
-    load_fragments(slab(), channels_, x);
-    sync_warp();
-    load(number + 1);
-    commit_copies();
+  XATTN_DEVICE void project_tile(Fragments<S>& x, int count) {
+    const int g = lane() / 4, t = lane() % 4;
+    // Tokens beyond the last one must not count. With biases folded, they have values of zero, and no one for Z:
+    // that is a value of all others. Else their keys are made zero.
+    uint32_t one[S::kBlocks][2];
+    if constexpr (S::kFolded) {
+      XATTN_UNROLL
+      for (int i = 0; i < S::kBlocks; ++i) {
+        XATTN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int token = 16 * i + 8 * half;
+          if (token + g >= count) x.v[i][S::kTiles - 1][2 + half] = 0;
+          const int left = count - token - 2 * t;
+          one[i][half] = left > 1 ? kOnes : left > 0 ? kOnes & 0xFFFFu : 0u;
+        }
+      }
+    }
+    Fragments<S> h;
     project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return rows(0, j); }, h);
-    const int count = tokens(number);
     uint32_t key[S::kBlocks][S::kHalves][2];
     XATTN_UNROLL
     for (int m = 0; m < S::kTiles; ++m) make_keys(h, m, count, key);
     XATTN_UNROLL
-    for (int m = 0; m < S::kTiles; ++m) make_values(x, m, key);
+    for (int m = 0; m < S::kTiles; ++m) make_values(x, m, one, key);
   }
 
-  // k of 16 channels, zero beyond the last token.
+  // k of 16 channels.
   XATTN_DEVICE void make_keys(const Fragments<S>& h, int m, int count, uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
     const int t = lane() % 4;
     Sums<S> sums;
     begin_with<true>(sums, bias(1) + 16 * m);
-    multiply<true>(sums, h, rows(1, m) + weight_offset(S::kPadded), channels_);
+    multiply<true>(sums, h, rows(1, m) + weight_offset<true>(S::kPadded), channels_);
     XATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int n = 2 * m + r;
@@ -181,11 +196,11 @@ class Block {
         XATTN_UNROLL
         for (int half = 0; half < 2; ++half) {
           float low = softplus_bfloat16(sums.v[i][half][2 * r]), high = softplus_bfloat16(sums.v[i][half][2 * r + 1]);
-          if (count < kTokens) {
+          if (!S::kFolded && count < kTokens) {
             if (16 * i + 8 * half + 2 * t >= count) low = 0.0f;
             if (16 * i + 8 * half + 2 * t + 1 >= count) high = 0.0f;
           }
-          if (!Plan::kZRow) z_[m][r] += low + high;
+          if (!S::kFolded) z_[m][r] += low + high;
           key[i][n][half] = pack_bfloat16(low, high);
         }
         if constexpr (Plan::kShare) *keys(warp(), i, n) = {{key[i][n][0], key[i][n][1]}};
@@ -194,10 +209,11 @@ class Block {
   }
 
   // v of 16 channels; as it is one operand of S, the product as well unless others compute it.
-  XATTN_DEVICE void make_values(const Fragments<S>& x, int m, const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
+  XATTN_DEVICE void make_values(const Fragments<S>& x, int m, const uint32_t (&one)[S::kBlocks][2],
+                                const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
     Sums<S> sums;
     begin_with<true>(sums, bias(2) + 16 * m);
-    multiply<true>(sums, x, rows(2, m) + weight_offset(S::kPadded), channels_);
+    multiply<true>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
       uint32_t value[4];
@@ -207,8 +223,8 @@ class Block {
         for (int r = 0; r < 2; ++r) {
           uint32_t& pair = value[2 * half + r];
           pair = pack_bfloat16_relu(sums.v[i][half][2 * r], sums.v[i][half][2 * r + 1]);
-          if (Plan::kZRow && 16 * m + 8 * r + 8 > S::kFrom && 16 * m + 8 * r + lane() / 4 == channels_.count)
-            pair = kOnes;
+          if (S::kFolded && 16 * m + 8 * r + 8 > S::kFrom && 16 * m + 8 * r + lane() / 4 == channels_.count)
+            pair = one[i][half];
         }
       }
       if constexpr (Plan::kShare) {
@@ -259,11 +275,11 @@ class Block {
   XATTN_DEVICE void add_up() {
     float* sums = reinterpret_cast<float*>(shared_memory() + Plan::kSlabs);
     const int g = lane() / 4, t = lane() % 4;
-    const int z_row = Plan::kZRow ? channels_.count : 16 * S::kTiles;
+    const int z_row = S::kFolded ? channels_.count : 16 * S::kTiles;
     XATTN_KEEP_LOOP
     for (int turn = 0; turn < Plan::kWarps; ++turn) {
       if (token_group() == turn) add_sums(sums, turn == 0);
-      if (!Plan::kZRow && warp() == turn) {
+      if (!S::kFolded && warp() == turn) {
         XATTN_UNROLL
         for (int m = 0; m < S::kTiles; ++m) {
           XATTN_UNROLL
@@ -306,9 +322,8 @@ class Block {
   }
 
   const Arguments& args_;
-  View x_;
-  Access access_;
-  int64_t pair_, chunk_, batch_, begin_, end_;
+  Run x_;
+  int pair_, chunk_, batch_, count_;  // tokens of the chunk
   Channels channels_;
   float sum_[Plan::kRows][Plan::kColumns][4];
   float z_[S::kTiles][2];

@@ -9,7 +9,8 @@ namespace xattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRun = 8;  // elements that a thread sums, side by side: a row of a core of 8 x 8
+constexpr int64_t kMost = 1 << 20;  // tokens of a work
+constexpr int kRun = 8;             // elements that a thread sums, side by side: a row of a core of 8 x 8
 
 struct Arguments {
   Table table;
@@ -86,7 +87,7 @@ XATTN_KERNEL(kThreads, 4) states_kernel(XATTN_PARAMETER Arguments args) {
 int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident) {
   const int64_t tiles = std::max<int64_t>(1, (longest + tile - 1) / tile);
   int64_t best = tiles, least = 0;
-  for (int64_t per = 1; per <= tiles; ++per) {
+  for (int64_t per = 1; per <= std::min(tiles, kMost / tile); ++per) {
     const int64_t works = (tiles + per - 1) / per * std::max<int64_t>(parallel, 1);
     const int64_t time = (works + resident - 1) / resident * (per + 1);
     // Of equals the longest: fewer partial sums.

@@ -2,24 +2,52 @@
 // shared memory, or where they are too large, in three pieces of a few rows that follow each other.
 #pragma once
 
+#include "block.h"
 #include "block_chain.h"
 
 namespace xattn::cuda {
 
-// A matrix in cores of 8 x 8 to shared memory with another padding, zero where it has no elements.
-XATTN_DEVICE void copy_matrix(char* to, int to_padded, const char* from, int padded) {
+// A matrix in cores of 8 x 8 to shared memory, `columns` of them, zero where it has no elements.
+XATTN_DEVICE void copy_matrix(char* to, int to_padded, int columns, const char* from, int padded) {
   const int row = padded * 16, to_row = to_padded * 16;  // bytes of a row of cores
-  for_rows(to_padded / 8, to_padded, [&](int r, int i) {
+  for_rows(to_padded / 8, columns, [&](int r, int i) {
     const bool valid = 8 * r < padded && i < padded;
     copy_async<16>(to + r * to_row + 16 * i, valid ? from + r * row + 16 * i : from, valid ? 16 : 0);
   });
 }
 
-// Biases as well, -1e30 where there are none.
-XATTN_DEVICE void copy_biases(float* to, int to_padded, const float* from, int padded, int count) {
-  for_rows(count, to_padded, [&](int matrix, int channel) {
-    to[matrix * to_padded + channel] = channel < padded ? from[matrix * padded + channel] : -1e30f;
+// Projections of a shape that keeps them in shared memory: `count` matrices and their biases, which are folded into
+// the matrices where that is what the shape has: as three numbers of bfloat16 they keep all their digits.
+template <class S>
+XATTN_DEVICE void copy_projections(char* matrices, float* biases, const PackedBlock& packed, int64_t first, int count,
+                                   int padded) {
+  struct alignas(16) Row {
+    uint32_t x[4];
+  };
+  constexpr int kMatrix = S::kPadded * S::kPadded * 2;
+  XATTN_KEEP_LOOP
+  for (int i = 0; i < count; ++i)
+    copy_matrix(matrices + i * kMatrix, S::kPadded, S::kFolded ? S::kWidth : S::kPadded,
+                packed.matrices + (first + i) * padded * padded * 2, padded);
+  for_rows(count, S::kPadded, [&](int matrix, int channel) {
+    const float b = channel < padded ? packed.biases[(first + matrix) * padded + channel] : -1e30f;
+    if constexpr (S::kFolded) {
+      const uint32_t high = pack_bfloat16(b, 0.0f);
+      const float left = b - bfloat16_to_float(static_cast<uint16_t>(high));
+      const bool whole = !(left - left == 0.0f);  // of an infinity nothing is left
+      const uint32_t low = pack_bfloat16(whole ? 0.0f : left, 0.0f);
+      const uint32_t rest = pack_bfloat16(whole ? 0.0f : left - bfloat16_to_float(static_cast<uint16_t>(low)), 0.0f);
+      const int place = channel / 8 * 16 * S::kPadded + S::kWidth * 16 + channel % 8 * 16;
+      *reinterpret_cast<Row*>(matrices + matrix * kMatrix + place) = {{high | low << 16, rest, 0, 0}};
+    } else {
+      biases[matrix * S::kPadded + channel] = b;
+    }
   });
+}
+
+// Biases of a stream's projections.
+XATTN_DEVICE void copy_biases(float* to, const float* from, int padded, int count) {
+  for (int i = thread_index(); i < count * padded; i += thread_count()) to[i] = from[i];
 }
 
 constexpr int kStreamStages = 3;
@@ -29,20 +57,20 @@ template <bool kStream, class Source>
 class MatrixStream {
  public:
   // Shared memory for `piece` rows of tiles at a time; of a stream that is kept, for all of them.
-  XATTN_DEVICE MatrixStream(char* memory, int padded, int piece, int matrices, int64_t uses, const Source& source)
+  XATTN_DEVICE MatrixStream(char* memory, int padded, int piece, int matrices, int uses, const Source& source)
       : source_(source), memory_(memory), padded_(padded), piece_(piece), matrices_(matrices) {
     if (kStream) left_ = uses * matrices * ((padded / 16 + piece - 1) / piece);
   }
 
-  // Copies begin; of a stream that is kept, all of them, to be waited for before the first use.
-  XATTN_DEVICE void begin(int source_padded) {
+  // Copies begin; of a stream that is kept, those of matrices from `first` on, to be waited for before they are used.
+  XATTN_DEVICE void begin(int first, int source_padded) {
     if constexpr (kStream) {
       issue();
       issue();
     } else {
       XATTN_KEEP_LOOP
-      for (int i = 0; i < matrices_; ++i)
-        copy_matrix(memory_ + i * padded_ * padded_ * 2, padded_, source_(i), source_padded);
+      for (int i = first; i < matrices_; ++i)
+        copy_matrix(memory_ + i * padded_ * padded_ * 2, padded_, padded_, source_(i), source_padded);
       commit_copies();
     }
   }
@@ -55,12 +83,12 @@ class MatrixStream {
         wait_copies<1>();
         sync_threads();
         issue();
-        at_ = stage(used_);
+        at_ = used_ * piece_ * padded_ * 16;
         used_ = used_ + 1 == kStreamStages ? 0 : used_ + 1;
         in_piece_ = 0;
       }
       if (++row_ == padded_ / 16) row_ = 0;
-      return reinterpret_cast<const BFloat16*>(at_) + in_piece_++ * 16 * padded_;
+      return reinterpret_cast<const BFloat16*>(memory_) + at_ + in_piece_++ * 16 * padded_;
     } else {
       return reinterpret_cast<const BFloat16*>(memory_) + row_++ * 16 * padded_;
     }
@@ -69,15 +97,13 @@ class MatrixStream {
   XATTN_DEVICE void restart() { row_ = 0; }
 
  private:
-  XATTN_DEVICE char* stage(int number) const { return memory_ + number * piece_ * padded_ * 32; }
-
   // The piece after those under way, if there is one.
   XATTN_DEVICE void issue() {
     if (left_ > 0) {
       --left_;
       const int rows = padded_ / 16 - from_row_ < piece_ ? padded_ / 16 - from_row_ : piece_;
       const char* from = source_(matrix_) + from_row_ * padded_ * 32;
-      char* to = stage(issued_);
+      char* to = memory_ + issued_ * piece_ * padded_ * 32;
       XATTN_KEEP_LOOP
       for (int i = thread_index(); i < rows * padded_ * 2; i += thread_count())
         copy_async<16>(to + 16 * i, from + 16 * i);
@@ -93,11 +119,10 @@ class MatrixStream {
 
   const Source& source_;
   char* memory_;
-  const char* at_ = nullptr;
   int padded_, piece_, matrices_;
-  int row_ = 0, in_piece_ = 0, used_ = 0;       // of what is read
-  int issued_ = 0, from_row_ = 0, matrix_ = 0;  // of what is copied
-  int64_t left_ = 0;
+  int row_ = 0, in_piece_ = 0, used_ = 0, at_ = 0;  // of what is read
+  int issued_ = 0, from_row_ = 0, matrix_ = 0;      // of what is copied
+  int left_ = 0;
 };
 
 // What a kernel does with a tile: its shape; threads and blocks of a processor; whether matrices are streamed.
@@ -145,7 +170,7 @@ XATTN_DEVICE void gather(const Fragments<typename Plan::S>& x, const Channels& c
                          const Flush& flush) {
   using S = typename Plan::S;
   const int g = lane() / 4, t = lane() % 4, count = tiles<S>(channels);
-  const int offset = weight_offset(S::kExact ? S::kPadded : channels.padded);
+  const int offset = weight_offset<kColumns>(S::kExact ? S::kPadded : channels.padded);
   XATTN_KEEP_LOOP
   for (int m = 0; m < count; ++m) {
     const int first = m / Plan::kGather * Plan::kGather, at = 16 * (m - first);

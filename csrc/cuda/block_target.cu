@@ -27,55 +27,66 @@ class Block {
   static constexpr int kTokens = S::kTokens;
 
   XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
-    const int64_t target = work % problem_.count;
+    target_ = static_cast<int>(work % problem_.count);
     work /= problem_.count;
-    begin_ = work % args.runs * args.run;
-    batch_ = work / args.runs;
-    x_ = args.table.view(problem_.features, args.table[problem_.pairs + 2 * target]);
-    set_ = args.table[problem_.pairs + 2 * target + 1] * kProjections + kQuery1;
-    first_ = args.table[problem_.lists + target];
-    outputs_ = static_cast<int>(args.table[problem_.lists + target + 1] - first_);
-    end_ = begin_ + args.run < x_.tokens ? begin_ + args.run : x_.tokens;
+    run_ = static_cast<int>(work % args.runs);
+    batch_ = static_cast<int>(work / args.runs);
+    const View x = view();
+    set_ = static_cast<int>(args.table[problem_.pairs + 2 * target_ + 1]) * kProjections + kQuery1;
+    first_ = static_cast<int>(args.table[problem_.lists + target_]);
+    outputs_ = static_cast<int>(args.table[problem_.lists + target_ + 1]) - first_;
+    const int64_t left = x.tokens - begin();
+    count_ = static_cast<int>(left < args.run ? left : args.run);
+    x_ = run_of(x, batch_, begin());
     const int padded = static_cast<int>(padded_channels(problem_.channels));
     channels_ = {static_cast<int>(problem_.channels), padded};
   }
 
   XATTN_DEVICE void run() {
-    if (begin_ >= end_) return;
-    access_ = access<BFloat16>(x_, Dtype::kBFloat16);
+    if (count_ <= 0) return;
     const auto source = [this](int i) {
       const int64_t bytes = static_cast<int64_t>(channels_.padded) * channels_.padded * 2;
       return i < 2 ? problem_.packed.matrices + (set_ + i) * bytes : problem_.states.s + state(i - 2) * bytes;
     };
     const int padded = Plan::kStream ? channels_.padded : S::kPadded;
-    const int64_t uses = (end_ - begin_ + args_.geometry.tile - 1) / args_.geometry.tile;
+    const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
     MatrixStream<Plan::kStream, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 2 + outputs_,
                                                            uses, source);
-    load(0);
-    matrices.begin(channels_.padded);
-    copy_biases(bias(0), padded, problem_.packed.biases + set_ * channels_.padded, channels_.padded, 2);
-    wait_copies<Plan::kStream ? 1 : 0>();
-    sync_threads();
+    if constexpr (Plan::kStream)
+      copy_biases(bias(0), problem_.packed.biases + set_ * padded, padded, 2);
+    else
+      copy_projections<S>(shared_memory(), bias(0), problem_.packed, set_, 2, channels_.padded);
     XATTN_KEEP_LOOP
-    for (int number = 0; begin_ + number * static_cast<int64_t>(args_.geometry.tile) < end_; ++number) {
+    for (int number = -1; number * args_.geometry.tile < count_; ++number) {
       // Without a stream to keep up with, a warp ends with its last token.
-      if (!Plan::kStream && token(number) >= end_) break;
-      attend(number, matrices);
+      if (!Plan::kStream && number >= 0 && token(number) >= count_) break;
+      Fragments<S> x;
+      if constexpr (!Plan::kStream) wait_copies<0>();
+      sync_warp();
+      load_fragments(slab(), channels_, x);
+      sync_warp();
+      load(number + 1);
+      if (number < 0) {
+        matrices.begin(2, channels_.padded);
+        wait_copies<Plan::kStream ? 1 : 0>();
+        sync_threads();
+        continue;
+      }
+      if constexpr (!Plan::kStream) commit_copies();
+      attend(number, x, matrices);
     }
     wait_copies<0>();
     sync_threads();
   }
 
  private:
-  XATTN_DEVICE int64_t token(int number) const {
-    return begin_ + static_cast<int64_t>(number) * args_.geometry.tile + warp() * kTokens;
-  }
+  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int64_t left = end_ - token(number);
-    return left > kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
+    const int left = count_ - token(number);
+    return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
   XATTN_DEVICE char* memory() const { return shared_memory() + args_.geometry.slabs + warp() * Plan::kWarpBytes; }
-  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, access_.token_minor); }
+  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
   XATTN_DEVICE float* bias(int matrix) const {
     const int padded = Plan::kStream ? channels_.padded : S::kPadded;
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * padded;
@@ -83,39 +94,37 @@ class Block {
   // Where the state of an output is.
   XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch_; }
 
+  XATTN_DEVICE int64_t begin() const { return run_ * args_.run; }
+  // Read again where it is wanted, rather than kept.
+  XATTN_DEVICE View view() const {
+    return args_.table.view(problem_.features, args_.table[opaque(problem_.pairs + 2 * target_)]);
+  }
   XATTN_DEVICE void load(int number) const {
-    load_part<S::kWidth>(x_, access_, {batch_, token(number), 0, channels_.count, tokens(number)},
-                         S::kExact ? S::kWidth : channels_.padded, slab());
+    load_part<S::kWidth>(
+        x_, [this] { return view(); }, batch_, begin(), {token(number), 0, channels_.count, tokens(number)},
+        S::kExact ? S::kWidth : channels_.padded, slab());
   }
 
   template <class Matrices>
-  XATTN_DEVICE void attend(int number, Matrices& matrices) const {
-    if constexpr (!Plan::kStream) wait_copies<0>();
-    sync_warp();
-    Fragments<S> q;
-    {
-      Fragments<S> x, h;
-      load_fragments(slab(), channels_, x);
-      sync_warp();
-      load(number + 1);
-      if constexpr (!Plan::kStream) commit_copies();
-      matrices.restart();
-      project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
-      project<Activation::kSoftplus>(h, bias(1), channels_, [&](int) { return matrices.next(); }, q);
-    }
+  XATTN_DEVICE void attend(int number, const Fragments<S>& x, Matrices& matrices) const {
+    Fragments<S> h, q;
+    matrices.restart();
+    project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+    project<Activation::kSoftplus>(h, bias(1), channels_, [&](int) { return matrices.next(); }, q);
     XATTN_KEEP_LOOP
     for (int i = 0; i < outputs_; ++i) {
-      const View out = args_.table.view(problem_.outputs, args_.table[first_ + i]);
-      const Access out_access = access<BFloat16>(out, Dtype::kBFloat16);
+      const auto view = [&] { return args_.table.view(problem_.outputs, args_.table[opaque(first_ + i)]); };
+      const Run out = run_of(view(), batch_, begin());
       float factor[S::kBlocks][2];
       divisors(q, problem_.states.z + state(i) * channels_.padded, factor);
-      const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out_access.token_minor);
-      const auto begin = [](Sums<S>& sums, int) { sums = {}; };
+      const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out.token_minor);
+      const auto clear = [](Sums<S>& sums, int) { sums = {}; };
       const auto flush = [&](int first, int count) {
         const int left = channels_.count - 16 * first, channels = left < 16 * count ? left : 16 * count;
-        store_part<Plan::kGathered>(out, out_access, {batch_, token(number), 16 * first, channels, tokens(number)}, to);
+        store_part<Plan::kGathered>(out, view, batch_, begin(), {token(number), 16 * first, channels, tokens(number)},
+                                    to);
       };
-      if (out_access.token_minor) {
+      if (out.token_minor) {
         float columns[S::kBlocks][2][2];
         XATTN_UNROLL
         for (int b = 0; b < S::kBlocks; ++b) {
@@ -126,7 +135,7 @@ class Block {
           }
         }
         gather<Plan, true>(
-            q, channels_, to, matrices, begin,
+            q, channels_, to, matrices, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * columns[b][h][0], v[2 * r + 1] * columns[b][h][1]);
@@ -134,7 +143,7 @@ class Block {
             flush);
       } else {
         gather<Plan, false>(
-            q, channels_, to, matrices, begin,
+            q, channels_, to, matrices, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * factor[b][r], v[2 * r + 1] * factor[b][r]);
@@ -184,10 +193,8 @@ class Block {
 
   const Arguments& args_;
   const BlockTargets& problem_;
-  View x_;
-  Access access_;
-  int64_t batch_, begin_, end_, set_, first_;
-  int outputs_;
+  Run x_;
+  int target_, run_, batch_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
   Channels channels_;
 };
 
@@ -213,7 +220,7 @@ const Kernel& choose(int64_t channels) {
   static const Kernel kKernels[] = {
       kernel_of<ChainPlan<Shape<24, 1, 32, true>, 128, 4, false>>(),
       kernel_of<ChainPlan<Shape<40, 25, 32, true>, 128, 4, false>>(),
-      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 4, false>>(),
+      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 3, false>>(),
       kernel_of<ChainPlan<Shape<72, 49, 32, true>, 384, 1, false>>(),
       kernel_of<ChainPlan<Shape<96, 73, 32, true>, 256, 1, false>>(),
       kernel_of<ChainPlan<Shape<144, 129, 32, true>, 256, 1, true>>(),

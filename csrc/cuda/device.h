@@ -92,6 +92,13 @@ XATTN_DEVICE uint32_t float_to_tf32(float x) {
 XATTN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 XATTN_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, not
+// ahead of a loop, for which there may be no registers.
+XATTN_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // One instruction of the special-function units each: relative errors of about 2^-22.
 XATTN_DEVICE float exp2_approximate(float x) {
   float y;

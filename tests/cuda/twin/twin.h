@@ -125,6 +125,8 @@ float float16_to_float(uint16_t x);
 uint16_t float_to_float16(float x);
 uint32_t float_to_tf32(float x);
 
+inline int opaque(int x) { return x; }
+
 inline float exp2_approximate(float x) { return twin::flush(std::exp2(twin::flush(x))); }
 inline float log2_approximate(float x) { return std::log2(twin::flush(x)); }
 // The product is exact in double; a second rounding of the sum is beyond what any test sees.
