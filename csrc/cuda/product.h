@@ -270,13 +270,18 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
                                const Operand<typename P::Element>& b, int column, int begin, int columns = 8 * kColumns,
                                int depth = 8 * kDepth) {
   static_assert(kDepth % 2 == 0 && kColumns % 2 == 0, "tiles come in pairs");
-  const int g = lane() / 4, t = lane() % 4;
   if constexpr (sizeof(typename P::Element) == 2) {
     if (b.depth_minor)
       multiply_pieces(sum, a, right_pieces<true>(b, column, begin), columns, depth);
     else
       multiply_pieces(sum, a, right_pieces<false>(b, column, begin), columns, depth);
-  } else if constexpr (std::is_same_v<P, Tf32Products>) {
+    return;
+  }
+  const int g = lane() / 4, t = lane() % 4;
+  const int along = b.depth_minor ? b.stride : 1, deep = b.depth_minor ? 1 : b.stride;
+  const auto* from = reinterpret_cast<const float*>(b.data) + column * along + begin * deep;
+  if constexpr (std::is_same_v<P, Tf32Products>) {
+    from += g * along + 2 * t * deep;
     XATTN_UNROLL
     for (int k = 0; k < kDepth; ++k) {
       if (8 * k >= depth) continue;
@@ -289,14 +294,15 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
       XATTN_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         if (8 * n >= columns) continue;
-        uint32_t right[2];
-        XATTN_UNROLL
-        for (int i = 0; i < 2; ++i) right[i] = float_to_tf32(*b.at(column + 8 * n + g, begin + 8 * k + 2 * t + i));
+        const float* at = from + 8 * n * along;
+        const uint32_t right[2] = {float_to_tf32(at[0]), float_to_tf32(at[deep])};
         XATTN_UNROLL
         for (int m = 0; m < kRows; ++m) multiply_tf32(sum.v[m][n], left[m], right);
       }
+      from += 8 * deep;
     }
   } else {
+    from += 2 * t * along;
     XATTN_UNROLL
     for (int k = 0; k < kDepth; ++k) {
       if (8 * k >= depth) continue;
@@ -311,10 +317,8 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
         XATTN_UNROLL
         for (int n = 0; n < kColumns; ++n) {
           if (8 * n >= columns) continue;
-          float right[2][2];
-          XATTN_UNROLL
-          for (int i = 0; i < 4; ++i)
-            right[i / 2][i % 2] = *b.at(column + 8 * n + 2 * t + i % 2, begin + 8 * k + 2 * pair + i / 2);
+          const float* at = from + 8 * n * along;
+          const float right[2][2] = {{at[0], at[along]}, {at[deep], at[deep + along]}};
           XATTN_UNROLL
           for (int m = 0; m < kRows; ++m) {
             XATTN_UNROLL
@@ -324,6 +328,7 @@ XATTN_DEVICE void multiply_add(Accumulator<kRows, kColumns>& sum, const Accumula
             }
           }
         }
+        from += 2 * deep;
       }
     }
   }

@@ -37,6 +37,18 @@ inline uint32_t works(const char* name, std::initializer_list<int64_t> sizes) {
   return static_cast<uint32_t>(product);
 }
 
+// How tensors lie in memory, if all lie alike. Kernels of exact widths ask for that.
+enum class Layout : int { kTokenMinor, kChannelMinor, kMixed };
+
+inline Layout common_layout(std::initializer_list<Span<const View>> tensors) {
+  bool token_minor = false, channel_minor = false;
+  for (const Span<const View>& views : tensors) {
+    for (int64_t i = 0; i < views.size; ++i)
+      if (views[i].data != nullptr) (is_token_minor(views[i]) ? token_minor : channel_minor) = true;
+  }
+  return token_minor && channel_minor ? Layout::kMixed : channel_minor ? Layout::kChannelMinor : Layout::kTokenMinor;
+}
+
 // A (channels, tokens) tensor: the channels from `channel` on of one sample. A view of tokens without data is
 // zero everywhere.
 template <class E>

@@ -43,6 +43,7 @@ struct Geometry {
 struct Arguments {
   Table table;
   Dtype dtype;
+  Layout layout;                     // of queries, keys, values and gradients
   float scale, exponent_scale;       // of scores: as it is, and to base 2
   int own[2], other[2], results[2];  // in the table: views
   int outer, lists;                  // outputs of a query; numbers of the other side: by output, or by source
@@ -136,8 +137,6 @@ class Block {
   struct Step {
     int chunk, tokens;
     bool own_first_minor, own_second_minor, first_minor, second_minor;
-    XATTN_DEVICE bool own_token_minor(int i) const { return i == 0 ? own_first_minor : own_second_minor; }
-    XATTN_DEVICE bool token_minor(int i) const { return i == 0 ? first_minor : second_minor; }
   };
 
   XATTN_DEVICE bool working() const { return tokens_ > 0 && (first_columns_ > 0 || second_columns_ > 0); }
@@ -215,7 +214,7 @@ class Block {
       if (kind == 1 && resident() && number > 0) continue;
       if (kind == 2 && (!ends || columns(side) == 0)) continue;
       const Matrix<E>& from = kind == 1 ? control().own[side] : matrices[side];
-      const bool token_minor = from.access.token_minor;
+      const bool token_minor = Plan::kWhole ? args_.layout == Layout::kTokenMinor : from.access.token_minor;
       const Tile<E> to = kind == 0   ? other(number, side, token_minor)
                          : kind == 1 ? own(number, side, token_minor)
                                      : group(number, side, token_minor);
@@ -260,8 +259,21 @@ class Block {
       sync_threads();
       if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
       if (!ready) continue;
-      score(done, now);
-      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) add(done, now);
+      if constexpr (Plan::kWhole) {
+        if (args_.layout == Layout::kTokenMinor)
+          step<true>(done, now.tokens);
+        else
+          step<false>(done, now.tokens);
+      } else {
+        score(done, now);
+        if (now.chunk == geometry_.chunks - 1) {
+          weigh(done, now.tokens);
+          if constexpr (Plan::kSources) {
+            if (second_columns_ > 0) add(second_, scores_, done, 1, now.second_minor);
+          }
+          if (first_columns_ > 0) add(first_, products_, done, 0, now.first_minor);
+        }
+      }
       ++done;
     }
   }
@@ -269,29 +281,42 @@ class Block {
   static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
 
   XATTN_DEVICE void score(int number, const Step& now) {
-    if (Plan::kWhole || now.chunk == 0) {
+    if (now.chunk == 0) {
       scores_.clear();
       products_.clear();
     }
-    multiply(scores_, number, 0, now);
-    if (first_columns_ > 0) multiply(products_, number, 1, now);
+    score(scores_, number, now.chunk, 0, now.own_first_minor, now.first_minor);
+    if (first_columns_ > 0) score(products_, number, now.chunk, 1, now.own_second_minor, now.second_minor);
   }
   // sum += own^T other, both of the first or both of the second matrices.
-  XATTN_DEVICE void multiply(Scores& sum, int number, int i, const Step& now) const {
-    const bool own_minor = now.own_token_minor(i), other_minor = now.token_minor(i);
-    if constexpr (Plan::kWhole) {
-      if (own_minor == other_minor)
-        return own_minor ? multiply_whole<true>(sum, number, i) : multiply_whole<false>(sum, number, i);
-    }
-    const int depth =
-        Plan::kWhole ? Plan::kChannels : padded_width(least(args_.channels[i] - now.chunk * geometry_.chunk, chunk()));
+  XATTN_DEVICE void score(Scores& sum, int number, int chunk, int i, bool own_minor, bool other_minor) const {
+    const int depth = padded_width(least(args_.channels[i] - chunk * geometry_.chunk, geometry_.chunk));
     multiply_add<P>(sum, own(number, i, own_minor).over_channels(), row(),
                     other(number, i, other_minor).over_channels(), 0, 0, depth);
   }
-  template <bool kMinor>
-  XATTN_DEVICE void multiply_whole(Scores& sum, int number, int i) const {
-    const auto left = left_pieces<!kMinor>(own(number, i, kMinor).over_channels(), row());
-    const auto right = right_pieces<!kMinor>(other(number, i, kMinor).over_channels(), 0, 0);
+  template <int kColumns>
+  XATTN_DEVICE void add(Accumulator<kRowTiles, kColumns>& sum, const Scores& left, int number, int i,
+                        bool token_minor) const {
+    multiply_add<P>(sum, left, group(number, i, token_minor).over_tokens(), resident() ? control().place.column : 0, 0,
+                    padded_width(columns(i)));
+  }
+
+  // The same for heads of exact width.
+  template <bool kTokenMinor>
+  XATTN_DEVICE void step(int number, int tokens) {
+    score_whole<kTokenMinor>(scores_, number, 0);
+    if (first_columns_ > 0) score_whole<kTokenMinor>(products_, number, 1);
+    weigh(number, tokens);
+    if constexpr (Plan::kSources) {
+      if (second_columns_ > 0) multiply_add<P>(second_, scores_, other(number, 1, kTokenMinor).over_tokens(), 0, 0);
+    }
+    if (first_columns_ > 0) multiply_add<P>(first_, products_, other(number, 0, kTokenMinor).over_tokens(), 0, 0);
+  }
+  template <bool kTokenMinor>
+  XATTN_DEVICE void score_whole(Scores& sum, int number, int i) const {
+    const auto left = left_pieces<!kTokenMinor>(own(number, i, kTokenMinor).over_channels(), row());
+    const auto right = right_pieces<!kTokenMinor>(other(number, i, kTokenMinor).over_channels(), 0, 0);
+    sum.clear();
     XATTN_UNROLL
     for (int k = 0; k < Plan::kChannels / 16; ++k) {
       uint32_t fragments[kRowTiles][4];
@@ -301,7 +326,8 @@ class Block {
     }
   }
 
-  XATTN_DEVICE void add(int number, const Step& now) {
+  // Scores to p, products to ds.
+  XATTN_DEVICE void weigh(int number, int tokens) {
     const float scale = args_.exponent_scale;
     if constexpr (Plan::kSources) {
       // Beyond the last query the log-sum-exp is infinite.
@@ -310,27 +336,13 @@ class Block {
         s = exp2_approximate(fused_multiply_add(s, scale, -columns[column].lse));
         product = s * (product - columns[column].delta);
       });
-      if (second_columns_ > 0) add_product(second_, scores_, number, 1, now);
-      if (first_columns_ > 0) add_product(first_, products_, number, 0, now);
     } else {
       for_scores([&](float& s, float& product, int m, int i, int) {
         product = exp2_approximate(fused_multiply_add(s, scale, -rows_[m][i].lse)) * (product - rows_[m][i].delta);
       });
-      if (now.tokens < kOthers)
-        for_scores(
-            [&](float&, float& product, int, int, int column) { product = column < now.tokens ? product : 0.0f; });
-      add_product(first_, products_, number, 0, now);
+      if (tokens < kOthers)
+        for_scores([&](float&, float& product, int, int, int column) { product = column < tokens ? product : 0.0f; });
     }
-  }
-  template <int kColumns>
-  XATTN_DEVICE void add_product(Accumulator<kRowTiles, kColumns>& sum, const Scores& left, int number, int i,
-                                const Step& now) const {
-    const int column = resident() && !Plan::kWhole ? control().place.column : 0;
-    const int width = Plan::kWhole ? Plan::kChannels : padded_width(columns(i));
-    if (now.token_minor(i))
-      multiply_add<P>(sum, left, group(number, i, true).over_tokens(), column, 0, width);
-    else
-      multiply_add<P>(sum, left, group(number, i, false).over_tokens(), column, 0, width);
   }
 
   // Of this lane: rows, halves i of their tiles m; and scores and products with the numbers of their tokens.
@@ -460,11 +472,11 @@ void start_queries(const Arguments& args, bool tf32, int64_t slots, int64_t long
   constexpr char kName[] = "softmax_query_gradients";
   if (args.dtype != Dtype::kBFloat16) {
     if (args.dtype == Dtype::kFloat16 || tf32)
-      return start<Plan<Tf32Products, 0, 80, 0, 1, 32>>(args, kName, slots, longest, stream);
+      return start<Plan<Tf32Products, 0, 96, 0, 1, 32>>(args, kName, slots, longest, stream);
     return start<Plan<IeeeProducts, 0, 96, 0, 1, 32>>(args, kName, slots, longest, stream);
   }
   const int width = padded_width(args.channels[0]);
-  switch (width == padded_width(args.channels[1]) ? width : 0) {
+  switch (width == padded_width(args.channels[1]) && args.layout != Layout::kMixed ? width : 0) {
     case 32:
       return start<Queries<32, 2, 32>>(args, kName, slots, longest, stream);
     case 48:
@@ -484,11 +496,11 @@ void start_sources(const Arguments& args, bool tf32, int64_t slots, int64_t long
   constexpr char kName[] = "softmax_source_gradients";
   if (args.dtype != Dtype::kBFloat16) {
     if (args.dtype == Dtype::kFloat16 || tf32)
-      return start<Plan<Tf32Products, 0, 80, 80, 1, 32>>(args, kName, slots, longest, stream);
+      return start<Plan<Tf32Products, 0, 96, 96, 1, 32>>(args, kName, slots, longest, stream);
     return start<Plan<IeeeProducts, 0, 96, 96, 1, 32>>(args, kName, slots, longest, stream);
   }
   const int width = padded_width(args.channels[0]);
-  switch (width == padded_width(args.channels[1]) ? width : 0) {
+  switch (width == padded_width(args.channels[1]) && args.layout != Layout::kMixed ? width : 0) {
     case 32:
       return start<Sources<32, 2, 32>>(args, kName, slots, longest, stream);
     case 48:
@@ -604,6 +616,7 @@ void softmax_backward(const SoftmaxProblem& problem, const SoftmaxGradients& gra
   }
   Arguments args{};
   args.dtype = problem.dtype;
+  args.layout = common_layout({problem.queries, problem.keys, problem.values, gradients.grad_outputs});
   args.scale = static_cast<float>(problem.scale);
   args.exponent_scale = static_cast<float>(problem.scale * 1.4426950408889634);
   args.channels[0] = static_cast<int>(problem.channels / problem.heads);

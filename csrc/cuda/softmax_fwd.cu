@@ -33,6 +33,7 @@ struct Geometry {
 struct Arguments {
   Table table;
   Dtype dtype;
+  Layout layout;                                     // of queries, keys and values
   bool negative;                                     // scale
   float scale;                                       // to base 2, without its sign
   int queries, keys, values, outputs, sources, lse;  // in the table; a query for every output
@@ -51,8 +52,8 @@ struct Plan {
                        kKeys = kKeysOfPlan, kBlocks = kBlocksOfPlan;
   static constexpr int kWarps = 4, kThreads = kWarp * kWarps, kTokens = 16 * kRowTiles * kWarps;
   static constexpr bool kWhole = kChannels > 0;
-  // Whether queries stay in registers, as fragments.
-  static constexpr bool kKept = kWhole && kRowTiles * kChannels / 4 <= 48;
+  // Steps of 16 channels whose fragments of queries stay in registers: all if there is room.
+  static constexpr int kKept = kWhole && kRowTiles * kChannels / 4 <= 48 ? kChannels / 16 : 1;
   static constexpr bool kBalanced = kWhole && kChannels <= 48;
 };
 
@@ -62,7 +63,6 @@ class Block {
   using P = typename Plan::P;
   using E = typename P::Element;
   static constexpr int kRowTiles = Plan::kRowTiles, kKeys = Plan::kKeys, kTokens = Plan::kTokens;
-  static constexpr int kSteps = Plan::kWhole ? Plan::kChannels / 16 : 1;
 
   XATTN_DEVICE Block(const Arguments& args, uint32_t work) : args_(args), geometry_(args.geometry) {
     begin_ = static_cast<int64_t>(work % args.steps) * kTokens;
@@ -209,16 +209,17 @@ class Block {
       sync_threads();
       if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
       if (!ready) continue;
-      if constexpr (Plan::kKept) {
-        if (done == 0) query_minor_ ? keep_queries<true>() : keep_queries<false>();
-      }
-      score(done, now);
-      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) {
-        normalise(now.tokens);
-        if (now.value_minor)
-          multiply_add<P>(sum_, scores_, values(done, true).over_tokens(), 0, 0, width());
+      if constexpr (Plan::kWhole) {
+        if (args_.layout == Layout::kTokenMinor)
+          attend_to<true>(done, now.tokens);
         else
-          multiply_add<P>(sum_, scores_, values(done, false).over_tokens(), 0, 0, width());
+          attend_to<false>(done, now.tokens);
+      } else {
+        score(done, now);
+        if (now.chunk == geometry_.chunks - 1) {
+          normalise(now.tokens);
+          multiply_add<P>(sum_, scores_, values(done, now.value_minor).over_tokens(), 0, 0, width());
+        }
       }
       ++done;
     }
@@ -226,49 +227,30 @@ class Block {
 
   static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
 
-  template <bool kTokenMinor>
-  XATTN_DEVICE void keep_queries() {
-    const auto pieces = left_pieces<!kTokenMinor>(queries(0, kTokenMinor).over_channels(), row());
-    XATTN_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      XATTN_UNROLL
-      for (int k = 0; k < kSteps; ++k) pieces.load(kept_[k][m], m, k);
-    }
+  XATTN_DEVICE void score(int number, const Step& now) {
+    if (now.chunk == 0) scores_.clear();
+    const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
+    multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
+                    keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
   }
 
-  XATTN_DEVICE void score(int number, const Step& now) {
-    if constexpr (!Plan::kWhole) {
-      if (now.chunk == 0) scores_.clear();
-      const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
-      multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
-                      keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
-    } else if constexpr (Plan::kKept) {
-      now.key_minor ? score_kept<true>(number) : score_kept<false>(number);
-    } else if (query_minor_) {
-      now.key_minor ? score_read<true, true>(number) : score_read<true, false>(number);
-    } else {
-      now.key_minor ? score_read<false, true>(number) : score_read<false, false>(number);
-    }
-  }
-  template <bool kKeyMinor>
-  XATTN_DEVICE void score_kept(int number) {
-    const auto right = right_pieces<!kKeyMinor>(keys(number, kKeyMinor).over_channels(), 0, 0);
+  // The same for heads of exact width.
+  template <bool kTokenMinor>
+  XATTN_DEVICE void attend_to(int number, int tokens) {
+    const auto left = left_pieces<!kTokenMinor>(queries(0, kTokenMinor).over_channels(), row());
+    const auto right = right_pieces<!kTokenMinor>(keys(number, kTokenMinor).over_channels(), 0, 0);
     scores_.clear();
     XATTN_UNROLL
-    for (int k = 0; k < kSteps; ++k) multiply_step(scores_, kept_[k], right, k);
-  }
-  template <bool kQueryMinor, bool kKeyMinor>
-  XATTN_DEVICE void score_read(int number) {
-    const auto left = left_pieces<!kQueryMinor>(queries(0, kQueryMinor).over_channels(), row());
-    const auto right = right_pieces<!kKeyMinor>(keys(number, kKeyMinor).over_channels(), 0, 0);
-    scores_.clear();
-    XATTN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t fragments[kRowTiles][4];
-      XATTN_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
+    for (int k = 0; k < Plan::kChannels / 16; ++k) {
+      uint32_t (&fragments)[kRowTiles][4] = kept_[k % Plan::kKept];
+      if (Plan::kKept == 1 || number == 0) {
+        XATTN_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
+      }
       multiply_step(scores_, fragments, right, k);
     }
+    normalise(tokens);
+    multiply_add<P>(sum_, scores_, values(number, kTokenMinor).over_tokens(), 0, 0);
   }
 
   // Scores to probabilities, not yet divided by their sum.
@@ -360,7 +342,7 @@ class Block {
   int64_t begin_, left_ = 0;  // tokens of a source, of which none is loaded yet
   int member_, last_, opened_ = 0, chunk_ = 0, values_, tokens_;
   bool query_minor_;
-  uint32_t kept_[kSteps][kRowTiles][4];  // queries
+  uint32_t kept_[Plan::kKept][kRowTiles][4];  // queries
   Accumulator<kRowTiles, kKeys / 8> scores_;
   Accumulator<kRowTiles, Plan::kValues / 8> sum_;
   float top_[kRowTiles][2], total_[kRowTiles][2];
@@ -419,9 +401,9 @@ using Whole = Plan<BFloat16Products, kWidth, kWidth, kRowTiles, kKeys, kBlocks>;
 
 void start_bfloat16(const Arguments& args, int64_t outputs, int64_t longest, Stream stream) {
   const int channels = padded_width(args.channels), values = padded_width(args.value_channels);
-  switch (channels == values ? channels : 0) {
+  switch (channels == values && args.layout != Layout::kMixed ? channels : 0) {
     case 32:
-      return start<Whole<32, 2, 64, 3>>(args, outputs, longest, stream);
+      return start<Whole<32, 2, 64, 2>>(args, outputs, longest, stream);
     case 48:
       return start<Whole<48, 2, 64, 2>>(args, outputs, longest, stream);
     case 64:
@@ -430,8 +412,6 @@ void start_bfloat16(const Arguments& args, int64_t outputs, int64_t longest, Str
       return start<Whole<80, 2, 32, 2>>(args, outputs, longest, stream);
     case 96:
       return start<Whole<96, 2, 32, 2>>(args, outputs, longest, stream);
-    case 128:
-      return start<Whole<128, 2, 32, 2>>(args, outputs, longest, stream);
     case 144:
       return start<Whole<144, 2, 32, 2>>(args, outputs, longest, stream);
     case 192:
@@ -461,6 +441,7 @@ void softmax_forward(const SoftmaxProblem& problem, const Call& call) {
   }
   Arguments args{};
   args.dtype = problem.dtype;
+  args.layout = common_layout({problem.queries, problem.keys, problem.values});
   args.negative = problem.scale < 0;
   args.scale = static_cast<float>(std::max(std::abs(problem.scale) * 1.4426950408889634, 1.2e-38));
   args.queries = table.add({queries.data(), problem.outputs.size});

@@ -57,7 +57,7 @@ XATTN_DEVICE bool is_storage(Dtype dtype) {
   return sizeof(E) == 4 ? dtype == Dtype::kFloat32 : dtype == Dtype::kBFloat16;
 }
 
-XATTN_DEVICE bool is_token_minor(const View& view) {
+XATTN_BOTH bool is_token_minor(const View& view) {
   return view.token_stride == 1 || (view.channel_stride != 1 && view.token_stride <= view.channel_stride);
 }
 

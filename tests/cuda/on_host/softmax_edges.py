@@ -68,11 +68,14 @@ def test_views(layout: str, widths: tuple[int, int, int], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", range(3))
 def test_views_of_different_layouts(first: int, dtype: torch.dtype) -> None:
+    """Kernels of exact widths leave these to others, which round weights differently."""
     inputs = inputs_of(RAGGED, dtype)
     makers = itertools.cycle(list(LAYOUTS.values())[first:])
     views = [make(x) for x, make in zip(inputs, makers, strict=False)]
     results, expected = with_gradients(RAGGED, views), with_gradients(RAGGED, inputs)
-    assert all(map(torch.equal, results, expected))
+    tolerance = 1e-2 if dtype is torch.bfloat16 else 0.0
+    for x, y in zip(results, expected, strict=True):
+        assert (x.double() - y.double()).norm() <= tolerance * y.double().norm()
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
