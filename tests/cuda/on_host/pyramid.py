@@ -51,14 +51,6 @@ SMALL_CARD = 99 * 1024
 NORESERVE = 0x4000
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """New memory, results and scratch alike, is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def tf32() -> Iterator[None]:
     before = torch.backends.cuda.matmul.fp32_precision
