@@ -241,8 +241,9 @@ def correct_pyramid(report: Report, device: str, argument: str) -> None:
             report.check(what, lambda: _judge_head(head, dtype, device, statistics, last))
 
 
-#: Largest relative L2 error of a gradient: that of a few relus on the other side of zero.
-HEAD_ERROR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: Largest relative L2 error of a gradient: that of a few relus on the other side of zero. Op by op
+#: in bfloat16 it is up to 6e-2.
+HEAD_ERROR = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 def _judge_head(
