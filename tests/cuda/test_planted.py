@@ -66,6 +66,7 @@ BUGS = [
         "begin_ + number * Plan::kTokens + n < end_ ?",
         "begin_ + number * Plan::kTokens + n <= end_ ?",
         "linear_states.cu",
+        ("float32",),
     ),
     Bug(
         "halves of a fragment are swapped",
