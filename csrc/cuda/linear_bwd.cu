@@ -225,7 +225,7 @@ class Block {
 };
 
 template <class P>
-XATTN_KERNEL(kThreads, 1)
+XATTN_KERNEL(kThreads, 2)
 source_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
   for (int64_t work = block_index(); work < args.works; work += block_count()) Block<P>(args, work).run();

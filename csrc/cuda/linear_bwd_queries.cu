@@ -21,7 +21,7 @@ namespace xattn::cuda {
 namespace {
 
 constexpr int kRows = 48;  // channels of a warp
-constexpr int kMostThreads = 288;
+constexpr int kNarrowThreads = 256, kMostThreads = 288;
 constexpr int kPrepareThreads = 256;
 
 XATTN_BOTH constexpr int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
@@ -265,29 +265,24 @@ class Block {
                     geometry_.rows - row_of_warp());
   }
 
-  // Calls body(m, n, i, row, column) for the elements of a lane that are channels of the query.
+  // Calls body(m, n, i, row, phi(q)) for the elements of a lane; those that only fill a tile are zero.
   template <class Body>
-  XATTN_DEVICE void for_elements(const Body& body) const {
-    const int g = lane() / 4, t = lane() % 4;
+  XATTN_DEVICE void for_elements(int tile, const Body& body) const {
     XATTN_UNROLL
     for (int m = 0; m < kRows / 16; ++m) {
+      if (row_of_warp() + 16 * m >= geometry_.channels) continue;
+      const Elements<E, kColumns> q(query(tile, query_access_), row_of_warp() + 16 * m, column_of_warp());
       XATTN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of_warp() + 16 * m + 8 * half + g;
-        if (row < problem_.channels) {
-          XATTN_UNROLL
-          for (int n = 0; n < kColumns; ++n) {
-            XATTN_UNROLL
-            for (int i = 0; i < 2; ++i) body(m, n, 2 * half + i, row, column_of_warp() + 8 * n + 2 * t + i);
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int row = row_of_warp() + 16 * m + i / 2 * 8 + lane() / 4;
+        XATTN_UNROLL
+        for (int n = 0; n < kColumns; ++n) body(m, n, i, row, q.at(n, i / 2, i % 2));
       }
     }
   }
 
   // Adds (h - (h . phi(q)) / d Z) / d of an output to the sum.
   XATTN_DEVICE void add_output(int tile, int member) {
-    const Tile<E> q = query(tile, query_access_);
     const float* state_z = z(tile, member);
     float denominator[kColumns][2], along[kColumns][2];
     XATTN_UNROLL
@@ -295,8 +290,7 @@ class Block {
       XATTN_UNROLL
       for (int i = 0; i < 2; ++i) denominator[n][i] = along[n][i] = 0.0f;
     }
-    for_elements([&](int m, int n, int i, int row, int column) {
-      const float x = to_float(*q.at(row, column));
+    for_elements(tile, [&](int m, int n, int i, int row, float x) {
       denominator[n][i % 2] = fused_multiply_add(state_z[row], x, denominator[n][i % 2]);
       along[n][i % 2] = fused_multiply_add(product_.v[m][n][i], x, along[n][i % 2]);
     });
@@ -354,16 +348,23 @@ class Block {
         along[n][i] = sum;
       }
     }
-    for_elements([&](int m, int n, int i, int row, int) {
-      sum_.v[m][n][i] += (product_.v[m][n][i] - along[n][i % 2] * state_z[row]) * denominator[n][i % 2];
-    });
+    XATTN_UNROLL
+    for (int m = 0; m < kRows / 16; ++m) {
+      if (row_of_warp() + 16 * m >= geometry_.channels) continue;
+      XATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float of_row = state_z[row_of_warp() + 16 * m + i / 2 * 8 + g];
+        XATTN_UNROLL
+        for (int n = 0; n < kColumns; ++n)
+          sum_.v[m][n][i] += (product_.v[m][n][i] - along[n][i % 2] * of_row) * denominator[n][i % 2];
+      }
+    }
   }
 
   // The sum by phi', in place of the queries and as the result lies in memory.
   XATTN_DEVICE void store(int tile) {
-    const Tile<E> q = query(tile, query_access_);
-    for_elements([&](int m, int n, int i, int row, int column) {
-      sum_.v[m][n][i] *= feature_map_slope<P::kExact>(problem_.feature_map, to_float(*q.at(row, column)));
+    for_elements(tile, [&](int m, int n, int i, int, float x) {
+      sum_.v[m][n][i] *= feature_map_slope<P::kExact>(problem_.feature_map, x);
     });
     sync_threads();
     const Tile<E> to = query(tile, result_access_);
@@ -389,8 +390,9 @@ class Block {
   Accumulator<kRows / 16, kColumns> product_, sum_;
 };
 
-template <class P, int kColumns>
-XATTN_KERNEL(kMostThreads, 1)
+// kNarrow: all channels are those of one warp. Nine warps, which the widest take, leave 168 registers each.
+template <class P, int kColumns, bool kNarrow>
+XATTN_KERNEL(kNarrow ? kNarrowThreads : kMostThreads, kNarrow ? 2 : 1)
 query_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
   for (int64_t work = block_index(); work < args.works; work += block_count()) Block<P, kColumns>(args, work).run();
@@ -457,18 +459,16 @@ void start(const QueryGradients& problem, const Table& table, const Operands& op
 
   const Limits device = limits();
   Arguments args{table, problem, operands, 0, 0, 0, choose_geometry<P>(problem, 4, device.shared_bytes)};
-  const bool narrow = args.geometry.row_warps == 1 || args.geometry.shared > device.shared_bytes;
-  if (narrow) args.geometry = choose_geometry<P>(problem, 2, device.shared_bytes);
+  // A few tokens at a time where channels are few, for more warps, and where a card has no room for more.
+  const bool narrow = args.geometry.row_warps == 1, few = narrow || args.geometry.shared > device.shared_bytes;
+  if (few) args.geometry = choose_geometry<P>(problem, 2, device.shared_bytes);
   const Geometry& g = args.geometry;
   args.run = chunk_tokens(problem.longest, problem.count * problem.batch, g.tokens, device.processors);
   args.runs = (problem.longest + args.run - 1) / args.run;
   args.works = args.runs * problem.batch * problem.count;
-  const int threads = g.tokens / (narrow ? 16 : 32) * g.row_warps * kWarp;
-  const size_t shared = static_cast<size_t>(g.shared);
-  if (narrow)
-    launch(query_kernel<P, 2>, "linear_query_gradients", args.works, threads, shared, stream, args);
-  else
-    launch(query_kernel<P, 4>, "linear_query_gradients", args.works, threads, shared, stream, args);
+  const auto kernel = narrow ? query_kernel<P, 2, true> : few ? query_kernel<P, 2, false> : query_kernel<P, 4, false>;
+  launch(kernel, "linear_query_gradients", args.works, g.tokens / (few ? 16 : 32) * g.row_warps * kWarp,
+         static_cast<size_t>(g.shared), stream, args);
 }
 
 int64_t state_elements(const QueryGradients& problem) {

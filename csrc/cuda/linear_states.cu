@@ -17,7 +17,7 @@ constexpr int kPiece = 48;  // rows and columns that a warp sums
 struct Arguments {
   Table table;
   LinearStates problem;
-  int64_t chunk, per_slot, works;
+  int64_t chunk, per_slot, slots, works;
   int first;
   float* partial;
 };
@@ -55,10 +55,11 @@ class Block {
     const int column_groups = static_cast<int>((problem_.channels + Plan::kColumns - 1) / Plan::kColumns);
     const int group = static_cast<int>(work % (row_groups * column_groups));
     work /= row_groups * column_groups;
+    // Slots next to each other: several of them may have the same keys.
+    slot_ = work % args.slots;
+    work /= args.slots;
     const int64_t chunk = work % args.per_slot;
-    work /= args.per_slot;
-    batch_ = work % problem_.batch;
-    slot_ = work / problem_.batch;
+    batch_ = work / args.per_slot;
     key_ = args.table.view(problem_.keys, slot_);
     value_ = args.table.view(problem_.values, slot_);
     begin_ = chunk * args.chunk;
@@ -276,7 +277,7 @@ int64_t linear_chunk(const LinearProblem& problem, int64_t slots, int64_t longes
 
 void start_linear_states(const LinearStates& problem, const Table& table, const Chunks& chunks, float* partial,
                          Stream stream) {
-  const Arguments args{table, problem, chunks.size, chunks.per_slot, 0, chunks.table, partial};
+  const Arguments args{table, problem, chunks.size, chunks.per_slot, chunks.slots, 0, chunks.table, partial};
   const bool narrow = problem.channels <= kPiece && problem.value_channels < kPiece;
   if (problem.dtype == Dtype::kBFloat16) {
     if (narrow)

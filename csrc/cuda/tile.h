@@ -294,6 +294,43 @@ XATTN_DEVICE void put_pair(const Tile<E>& tile, int channel, int token, float x,
   }
 }
 
+// What a tile has where 16 rows of a warp's result have elements: for_pairs' x and y are at(n, half, 0) and
+// at(n, half, 1), where half 1 is 8 rows below.
+template <class E, int kColumns>
+class Elements {
+ public:
+  XATTN_DEVICE Elements(const Tile<E>& tile, int row, int column) {
+    if constexpr (sizeof(E) == 2) {
+      const int matrix = lane() / 8, r = lane() % 8;
+      XATTN_UNROLL
+      for (int n = 0; n < kColumns / 2; ++n) {
+        const int channel = row + matrix % 2 * 8, token = column + 16 * n + matrix / 2 * 8;
+        if (tile.token_minor)
+          load_matrices(pairs_[n], tile.at(channel + r, token));
+        else
+          load_matrices_transposed(pairs_[n], tile.at(channel, token + r));
+      }
+    } else {
+      first_ = tile.at(row + lane() / 4, column + 2 * (lane() % 4));
+      row_ = tile.token_minor ? tile.stride : 1;
+      column_ = tile.token_minor ? 1 : tile.stride;
+    }
+  }
+  XATTN_DEVICE float at(int n, int half, int i) const {
+    if constexpr (sizeof(E) == 2) {
+      const uint32_t pair = pairs_[n / 2][n % 2 * 2 + half];
+      return bits_float(i == 0 ? pair << 16 : pair & 0xFFFF0000u);
+    } else {
+      return first_[8 * half * row_ + (8 * n + i) * column_];
+    }
+  }
+
+ private:
+  uint32_t pairs_[kColumns / 2][4];
+  const E* first_;
+  int row_, column_;
+};
+
 // Replaces elements x of channels x tokens by map(x, channel, token), four at a time.
 template <class E, class Map>
 XATTN_DEVICE void map_tile(const Tile<E>& tile, int channels, int tokens, const Map& map) {

@@ -67,6 +67,7 @@ BUGS = [
         "begin_ + number * Plan::kTokens + n <= end_ ?",
         "linear_states.cu",
         ("float32",),
+        ("float32",),
     ),
     Bug(
         "halves of a fragment are swapped",
