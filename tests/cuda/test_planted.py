@@ -67,7 +67,6 @@ BUGS = [
         "begin_ + number * Plan::kTokens + n <= end_ ?",
         "linear_states.cu",
         ("float32",),
-        ("float32",),
     ),
     Bug(
         "halves of a fragment are swapped",
