@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +57,43 @@ def module() -> Any:
     return found
 
 
+def has_code(compiled: Sequence[str], capability: int) -> bool:
+    """Whether a module for these architectures, in CMake's notation, runs on a GPU (90: 9.0).
+
+    Machine code runs on its own architecture and on later ones of the same generation (86 on 89);
+    that of variants such as 90a on its own alone; PTX on every later one.
+    """
+    for arch in compiled:
+        match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", arch)
+        if match is None:  # a word such as "native", which is CMake's to know
+            return True
+        number, variant, kind = int(match[1]), match[2], match[3]
+        if variant:
+            found = number == capability
+        else:
+            same = kind != "-virtual" and number // 10 == capability // 10
+            found = number <= capability and (same or kind != "-real")
+        if found:
+            return True
+    return False
+
+
 def refusals(problem: Problem) -> list[str]:
     """Why the CUDA kernels, which share most of their limits, cannot run a problem."""
     reasons = []
     device = module().device_type
     if problem.device != device:
         reasons.append(f"runs on {device.upper()} tensors, not on {problem.device}")
-    elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        reasons.append(f"needs compute capability 8.0, not {torch.cuda.get_device_capability()}")
+    elif device == "cuda":
+        major, minor = torch.cuda.get_device_capability(problem.device_index)
+        compiled = module().compiled_archs()
+        if major < 8:
+            reasons.append(f"needs compute capability 8.0, not {major}.{minor}")
+        elif not has_code(compiled, 10 * major + minor):
+            reasons.append(
+                f"was built for {', '.join(compiled)}, not for compute capability {major}.{minor}: "
+                "install again on this machine, or with XATTN_CUDA_ARCHS"
+            )
     if problem.dtype is torch.float64:
         reasons.append("has no float64 kernels")
     width = max(problem.channels, problem.value_channels) // problem.heads
