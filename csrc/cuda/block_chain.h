@@ -65,9 +65,15 @@ XATTN_DEVICE int weight_offset(int padded) {
   return row * 8 * padded + column * 64 + lane() % 8 * 8;
 }
 
+// How fragments are ordered: as a left operand wants them, or with those of a right one, channels 2 t and 2 t + 8, side
+// by side, so that no register need be copied.
+enum class Order { kLeft, kRight };
+
 // sums += x W^T, of a row of tiles of W at `w` (weight_offset added).
-template <bool kColumns, class S>
+template <bool kColumns, Order kOrder = Order::kLeft, class S>
 XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels) {
+  static_assert(kColumns || kOrder == Order::kLeft, "tokens as rows are a left operand");
+  constexpr int kHigh = kOrder == Order::kLeft ? 2 : 1, kNext = kOrder == Order::kLeft ? 1 : 2;
   // Of few tokens, two sums at a time: products that wait for each other keep the tensor cores waiting.
   constexpr int kParts = S::kBlocks == 1 && S::kExact ? 2 : 1;
   Sums<S> odd{};
@@ -81,8 +87,8 @@ XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16*
     for (int i = 0; i < S::kBlocks; ++i) {
       const uint32_t (&b)[4] = x.v[i][k];
       if constexpr (kColumns) {
-        multiply_bfloat16(to.v[i][0], a, {b[0], b[2]});
-        multiply_bfloat16(to.v[i][1], a, {b[1], b[3]});
+        multiply_bfloat16(to.v[i][0], a, {b[0], b[kHigh]});
+        multiply_bfloat16(to.v[i][1], a, {b[kNext], b[kNext + kHigh]});
       } else {
         multiply_bfloat16(to.v[i][0], b, {a[0], a[1]});
         multiply_bfloat16(to.v[i][1], b, {a[2], a[3]});
@@ -255,26 +261,32 @@ XATTN_DEVICE void copy_part(const Run& run, const Part& part, int width, const S
     copy_rows<kBytes, kWidth>(run, part, kTokens, part.tokens, part.channels, to);
 }
 
-// body(channel, token, offset) for all elements of a part, `offset` that of a View.
+// What a run is of: a sample and a first token of a tensor.
+struct Whole {
+  View view;
+  int64_t batch, begin;
+};
+
+// body(channel, token, offset) for all elements of a part, `offset` that of the tensor.
 template <int kTokens, class Body>
-XATTN_DEVICE void for_elements(const View& view, int64_t batch, int64_t begin, const Part& part, int channels,
-                               int tokens, const Body& body) {
+XATTN_DEVICE void for_elements(const Whole& whole, const Part& part, int channels, int tokens, const Body& body) {
+  const View& view = whole.view;
   XATTN_KEEP_LOOP
   for (int i = opaque(lane()); i < kTokens * channels; i += kWarp) {
     const int token = i % kTokens, channel = i / kTokens;
     if (token >= tokens) continue;
     body(channel, token,
-         batch * view.batch_stride + (part.channel + channel) * view.channel_stride +
-             (begin + part.token + token) * view.token_stride);
+         whole.batch * view.batch_stride + (part.channel + channel) * view.channel_stride +
+             (whole.begin + part.token + token) * view.token_stride);
   }
 }
 
 // From global memory, channels from the first one on, zero beyond the part. `width` channels in rows of tokens,
 // kWidth of them in rows of channels. To be committed, waited for, and then seen by the warp after sync_warp.
-// view() is what the run is of.
-template <int kWidth, int kTokens, class ViewOf>
-XATTN_DEVICE void load_part(const Run& run, const ViewOf& view, int64_t batch, int64_t begin, const Part& part,
-                            int width, const Slab<kTokens>& to) {
+// whole_of() is what the run is of.
+template <int kWidth, int kTokens, class WholeOf>
+XATTN_DEVICE void load_part(const Run& run, const WholeOf& whole_of, const Part& part, int width,
+                            const Slab<kTokens>& to) {
   switch (run.bytes) {
     case 16:
       return copy_part<16, kWidth>(run, part, width, to);
@@ -283,10 +295,10 @@ XATTN_DEVICE void load_part(const Run& run, const ViewOf& view, int64_t batch, i
     case 4:
       return copy_part<4, kWidth>(run, part, width, to);
   }
-  const View whole = view();
-  for_elements<kTokens>(whole, batch, begin, part, width, kTokens, [&](int channel, int token, int64_t offset) {
+  const Whole whole = whole_of();
+  for_elements<kTokens>(whole, part, width, kTokens, [&](int channel, int token, int64_t offset) {
     BFloat16 x{0};
-    if (channel < part.channels && token < part.tokens) x = reinterpret_cast<const BFloat16*>(whole.data)[offset];
+    if (channel < part.channels && token < part.tokens) x = reinterpret_cast<const BFloat16*>(whole.view.data)[offset];
     *(to.token_minor ? to.at(channel, token) : to.at(token, channel)) = x;
   });
 }
@@ -319,9 +331,8 @@ XATTN_DEVICE void write_part(const Run& run, const Part& part, const Slab<kToken
 }
 
 // A part of at most kWidth channels to global memory.
-template <int kWidth, int kTokens, class ViewOf>
-XATTN_DEVICE void store_part(const Run& run, const ViewOf& view, int64_t batch, int64_t begin, const Part& part,
-                             const Slab<kTokens>& from) {
+template <int kWidth, int kTokens, class WholeOf>
+XATTN_DEVICE void store_part(const Run& run, const WholeOf& whole_of, const Part& part, const Slab<kTokens>& from) {
   if (part.tokens <= 0) return;
   switch (run.bytes) {
     case 16:
@@ -331,42 +342,46 @@ XATTN_DEVICE void store_part(const Run& run, const ViewOf& view, int64_t batch, 
     case 4:
       return write_part<4, kWidth>(run, part, from);
   }
-  const View whole = view();
-  for_elements<kTokens>(whole, batch, begin, part, part.channels, part.tokens,
-                        [&](int channel, int token, int64_t offset) {
-                          reinterpret_cast<BFloat16*>(whole.data)[offset] =
-                              *(from.token_minor ? from.at(channel, token) : from.at(token, channel));
-                        });
+  const Whole whole = whole_of();
+  for_elements<kTokens>(whole, part, part.channels, part.tokens, [&](int channel, int token, int64_t offset) {
+    reinterpret_cast<BFloat16*>(whole.view.data)[offset] =
+        *(from.token_minor ? from.at(channel, token) : from.at(token, channel));
+  });
 }
 
 // All of a slab's tokens and channels as an operand.
-template <bool kTokenMinor, class S>
-XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, int core, int row,
-                                 Fragments<S>& x) {
+template <bool kTokenMinor, Order kOrder, class S>
+XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, Fragments<S>& x) {
+  const int l = opaque(lane()), core = l / 8, row = l % 8;
+  const int token_core = kOrder == Order::kLeft ? core % 2 : core / 2;
+  const int channel_core = kOrder == Order::kLeft ? core / 2 : core % 2;
   XATTN_UNROLL
   for (int k = 0; k < S::kTiles; ++k) {
     if (!S::kExact && k >= tiles<S>(channels)) continue;
     const bool whole = 16 * k + 8 < S::kWidth;
-    const int channel = 16 * k + (whole ? core / 2 * 8 : 0);
+    const int channel = 16 * k + (whole ? channel_core * 8 : 0);
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
-      const int token = 16 * i + core % 2 * 8;
+      const int token = 16 * i + token_core * 8;
       if constexpr (kTokenMinor)
         load_matrices_transposed(x.v[i][k], from.at(channel + row, token));
       else
         load_matrices(x.v[i][k], from.at(token + row, channel));
-      if (!whole) x.v[i][k][2] = x.v[i][k][3] = ones();
+      if (!whole) {
+        XATTN_UNROLL
+        for (int r = 0; r < 2; ++r) x.v[i][k][kOrder == Order::kLeft ? 2 + r : 2 * r + 1] = ones();
+      }
     }
   }
 }
 
-template <class S>
+// All of a slab's tokens and channels as an operand.
+template <Order kOrder, class S>
 XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& channels, Fragments<S>& x) {
-  const int l = opaque(lane()), core = l / 8, row = l % 8;
   if (from.token_minor)
-    load_fragments<true>(from, channels, core, row, x);
+    load_fragments<true, kOrder>(from, channels, x);
   else
-    load_fragments<false>(from, channels, core, row, x);
+    load_fragments<false, kOrder>(from, channels, x);
 }
 
 }  // namespace xattn::cuda

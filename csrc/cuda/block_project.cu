@@ -24,21 +24,17 @@ class Block {
   static constexpr int kTokens = S::kTokens;
   static_assert(Plan::kStream, "three matrices, piece by piece");
 
-  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
-    pair_ = static_cast<int>(work % problem_.count);
-    work /= problem_.count;
-    run_ = static_cast<int>(work % args.runs);
-    batch_ = static_cast<int>(work / args.runs);
+  XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), problem_(args.problem), work_(work) {
     const View x = view();
     const int64_t left = x.tokens - begin();
     count_ = static_cast<int>(left < args.run ? left : args.run);
-    x_ = run_of(x, batch_, begin());
+    x_ = run_of(x, batch(), begin());
     channels_ = {static_cast<int>(problem_.channels), static_cast<int>(padded_channels(problem_.channels))};
   }
 
   XATTN_DEVICE void run() {
     if (count_ <= 0) return;
-    const int64_t set = args_.table[problem_.pairs + 2 * pair_ + 1] * kProjections;
+    const int64_t set = args_.table[problem_.pairs + 2 * pair() + 1] * kProjections;
     const int padded = channels_.padded;
     const auto source = [=](int i) {
       const int projection = i == 0 ? kValue : i == 1 ? kKey1 : kKey2;
@@ -47,12 +43,18 @@ class Block {
     const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
     MatrixStream<true, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 3, uses, source);
     copy_biases(bias(0), problem_.packed.biases + (set + kKey1) * padded, padded, 3);
+    // The first round only loads.
     XATTN_KEEP_LOOP
     for (int number = -1; number * args_.geometry.tile < count_; ++number) {
-      Fragments<S> x, h;
-      sync_warp();
-      load_fragments(slab(), channels_, x);
-      sync_warp();
+      Fragments<S> h;
+      if (number >= 0) {
+        sync_warp();
+        Fragments<S> x;
+        load_fragments<Order::kLeft>(slab(), channels_, x);
+        emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
+        project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+        sync_warp();
+      }
       load(number + 1);
       if (number < 0) {
         matrices.begin(0, padded);
@@ -60,8 +62,6 @@ class Block {
         sync_threads();
         continue;
       }
-      emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
-      project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
       emit<Activation::kSoftplus>(h, bias(1), problem_.keys, number, matrices);
     }
     wait_copies<0>();
@@ -69,6 +69,19 @@ class Block {
   }
 
  private:
+  // Computed again where they are wanted, rather than kept.
+  XATTN_DEVICE int pair() const { return opaque(work_) % static_cast<int>(problem_.count); }
+  XATTN_DEVICE int run_number() const {
+    return opaque(work_) / static_cast<int>(problem_.count) % static_cast<int>(args_.runs);
+  }
+  XATTN_DEVICE int batch() const {
+    return opaque(work_) / static_cast<int>(problem_.count) / static_cast<int>(args_.runs);
+  }
+  XATTN_DEVICE int64_t begin() const { return run_number() * args_.run; }
+  XATTN_DEVICE View view() const {
+    return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * pair()]);
+  }
+
   XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = count_ - token(number);
@@ -79,22 +92,17 @@ class Block {
   XATTN_DEVICE float* bias(int matrix) const {
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * channels_.padded;
   }
-  XATTN_DEVICE int64_t begin() const { return run_ * args_.run; }
-  // Read again where it is wanted, rather than kept.
-  XATTN_DEVICE View view() const {
-    return args_.table.view(problem_.features, args_.table[opaque(problem_.pairs + 2 * pair_)]);
-  }
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return view(); }, batch_, begin(), {token(number), 0, channels_.count, tokens(number)},
+        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
         S::kExact ? S::kWidth : channels_.padded, slab());
   }
 
   // activation(W x + b) of a tile to where the table has the pair's keys or values.
   template <Activation kActivation, class Matrices>
   XATTN_DEVICE void emit(const Fragments<S>& x, const float* bias, int views, int number, Matrices& matrices) const {
-    const auto view = [&] { return args_.table.view(views, opaque(pair_)); };
-    const Run out = run_of(view(), batch_, begin());
+    const auto whole = [&] { return Whole{args_.table.view(views, pair()), batch(), begin()}; };
+    const Run out = run_of(whole().view, batch(), begin());
     const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, false);
     gather<Plan, false>(
         x, channels_, to, matrices, [&](Sums<S>& sums, int m) { begin_with<false>(sums, bias + 16 * m); },
@@ -102,15 +110,14 @@ class Block {
           return activate<kActivation>(sums.v[b][h][2 * r], sums.v[b][h][2 * r + 1]);
         },
         [&](int first, int count) {
-          store_part<Plan::kGathered>(out, view, batch_, begin(),
-                                      {token(number), 16 * first, 16 * count, tokens(number)}, to);
+          store_part<Plan::kGathered>(out, whole, {token(number), 16 * first, 16 * count, tokens(number)}, to);
         });
   }
 
   const Arguments& args_;
   const BlockSources& problem_;
   Run x_;
-  int pair_, run_, batch_, count_;  // tokens of the run
+  int work_, count_;  // tokens of the run
   Channels channels_;
 };
 
@@ -118,7 +125,7 @@ template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 projection_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
-  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
 }
 
 template <class Plan>

@@ -20,7 +20,7 @@ struct Arguments {
   Table table;
   PackedBlock packed;
   int64_t batch, pairs, channels, chunk, per_slot, works;
-  int features, list, first;
+  int features, list, first, slabs;
   float* partial;
 };
 
@@ -46,8 +46,10 @@ struct Plan {
   static constexpr int kValueWords = S::kBlocks * S::kTiles * 128, kKeyWords = S::kBlocks * S::kHalves * 64;
   static constexpr int kExchange = kShare ? 4 * (kValueWords + kKeyWords) : 0;
   static constexpr int kSumRow = 8 * S::kHalves, kSums = (16 * S::kTiles + 1) * kSumRow * 4;
-  static constexpr int kParts = kWarps * (kSlab + kExchange);
-  static constexpr int kBytes = kSlabs + (kParts > kSums ? kParts : kSums);
+  static constexpr int bytes(int slabs) {
+    const int parts = kWarps * (slabs * kSlab + kExchange);
+    return kSlabs + (parts > kSums ? parts : kSums);
+  }
   static_assert(kSlabs % 16 == 0 && kSlab % 16 == 0, "rows of operands begin at multiples of 16 bytes");
 };
 
@@ -57,15 +59,11 @@ class Block {
   using S = typename Plan::S;
   static constexpr int kTokens = S::kTokens;
 
-  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args) {
-    pair_ = static_cast<int>(work % args.pairs);
-    work /= args.pairs;
-    chunk_ = static_cast<int>(work % args.per_slot);
-    batch_ = static_cast<int>(work / args.per_slot);
+  XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), work_(work) {
     const View x = view();
-    const int64_t begin = chunk_ * args.chunk, left = x.tokens - begin;
+    const int64_t left = x.tokens - begin();
     count_ = static_cast<int>(left < args.chunk ? left : args.chunk);
-    x_ = run_of(x, batch_, begin);
+    x_ = run_of(x, batch(), begin());
     channels_ = {static_cast<int>(args.channels), S::kPadded};
   }
 
@@ -73,24 +71,26 @@ class Block {
     if (count_ <= 0) return;
     load_weights();
     clear();
+    // The first rounds only load; of warps that share nothing, each ends with its last token.
     XATTN_KEEP_LOOP
-    for (int number = -1; number * Plan::kTile < count_; ++number) {
-      // Of warps that share nothing, each ends with its last token.
+    for (int number = -slabs(); number * Plan::kTile < count_; ++number) {
       if (!Plan::kShare && number >= 0 && token(number) >= count_) break;
-      Fragments<S> x;
-      wait_copies<0>();
-      sync_warp();
-      load_fragments(slab(), channels_, x);
-      sync_warp();
-      load(number + 1);
+      if (number >= 0) {
+        if (slabs() == 2)
+          wait_copies<1>();
+        else
+          wait_copies<0>();
+        sync_warp();
+        project_tile(slab(number), tokens(number));
+        sync_warp();
+      }
+      load(number + slabs());
       commit_copies();
-      if (number < 0) {
+      if (number == -1) {
         wait_copies<0>();
         sync_threads();
-        continue;
       }
-      project_tile(x, tokens(number));
-      if constexpr (Plan::kShare) {
+      if (Plan::kShare && number >= 0) {
         sync_threads();
         add_shared();
         sync_threads();
@@ -102,13 +102,27 @@ class Block {
   }
 
  private:
+  // Computed again where they are wanted, rather than kept.
+  XATTN_DEVICE int pair() const { return opaque(work_) % static_cast<int>(args_.pairs); }
+  XATTN_DEVICE int chunk() const {
+    return opaque(work_) / static_cast<int>(args_.pairs) % static_cast<int>(args_.per_slot);
+  }
+  XATTN_DEVICE int batch() const {
+    return opaque(work_) / static_cast<int>(args_.pairs) / static_cast<int>(args_.per_slot);
+  }
+  XATTN_DEVICE int64_t begin() const { return chunk() * args_.chunk; }
+  XATTN_DEVICE View view() const { return args_.table.view(args_.features, args_.table[args_.list + 2 * pair()]); }
+
   XATTN_DEVICE int token(int number) const { return (number * Plan::kWarps + warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = count_ - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
-  XATTN_DEVICE Slab<kTokens> slab() const {
-    return Slab<kTokens>::make(shared_memory() + Plan::kSlabs + warp() * Plan::kSlab, S::kWidth, x_.token_minor);
+  XATTN_DEVICE int slabs() const { return Plan::kShare ? args_.slabs : 2; }
+  XATTN_DEVICE Slab<kTokens> slab(int number) const {
+    const int place =
+        Plan::kSlabs + warp() * Plan::kSlab + (slabs() == 2 ? number % 2 * (Plan::kWarps * Plan::kSlab) : 0);
+    return Slab<kTokens>::make(shared_memory() + place, S::kWidth, x_.token_minor);
   }
   XATTN_DEVICE const BFloat16* rows(int matrix, int tile) const {
     return reinterpret_cast<const BFloat16*>(shared_memory()) + (matrix * S::kPadded + 16 * tile) * S::kPadded;
@@ -118,7 +132,7 @@ class Block {
   }
   // Fragments of a warp: values by block of tokens and tile of channels, keys by block and half a tile.
   XATTN_DEVICE Words<4>* values(int warp, int i, int m) const {
-    char* base = shared_memory() + Plan::kSlabs + Plan::kWarps * Plan::kSlab + warp * Plan::kExchange;
+    char* base = shared_memory() + Plan::kSlabs + slabs() * Plan::kWarps * Plan::kSlab + warp * Plan::kExchange;
     return reinterpret_cast<Words<4>*>(base) + (i * S::kTiles + m) * kWarp + lane();
   }
   XATTN_DEVICE Words<2>* keys(int warp, int i, int n) const {
@@ -127,19 +141,15 @@ class Block {
   }
 
   XATTN_DEVICE void load_weights() const {
-    const int64_t set = args_.table[args_.list + 2 * pair_ + 1] * kProjections + kKey1;
+    const int64_t set = args_.table[args_.list + 2 * pair() + 1] * kProjections + kKey1;
     copy_projections<S>(shared_memory(), reinterpret_cast<float*>(shared_memory() + Plan::kBiases), args_.packed, set,
                         3, static_cast<int>(padded_channels(args_.channels)));
   }
 
-  // Read again where it is wanted, rather than kept.
-  XATTN_DEVICE View view() const {
-    return args_.table.view(args_.features, args_.table[opaque(args_.list + 2 * pair_)]);
-  }
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return view(); }, batch_, chunk_ * args_.chunk,
-        {token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab());
+        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
+        S::kWidth, slab(number));
   }
 
   XATTN_DEVICE void clear() {
@@ -155,28 +165,34 @@ class Block {
     for (int m = 0; m < S::kTiles; ++m) z_[m][0] = z_[m][1] = 0.0f;
   }
 
-  XATTN_DEVICE void project_tile(Fragments<S>& x, int count) {
-    const int g = lane() / 4, t = lane() % 4;
+  XATTN_DEVICE void project_tile(const Slab<kTokens>& slab, int count) {
+    Fragments<S> h;
+    {
+      Fragments<S> x;
+      load_fragments<Order::kLeft>(slab, channels_, x);
+      project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return rows(0, j); }, h);
+    }
+    uint32_t key[S::kBlocks][S::kHalves][2];
+    XATTN_UNROLL
+    for (int m = 0; m < S::kTiles; ++m) make_keys(h, m, count, key);
+    // Read again, which is cheaper than to keep features and to copy them to where values want them.
+    Fragments<S> x;
+    load_fragments<Order::kRight>(slab, channels_, x);
     // Tokens beyond the last one must not count. With biases folded, they have values of zero, and no one for Z:
-    // that is a value of all others. Else their keys are made zero.
+    // that is a value of all others. Else their keys have been made zero.
+    const int g = lane() / 4, t = lane() % 4;
     uint32_t one[S::kBlocks][2];
     if constexpr (S::kFolded) {
       XATTN_UNROLL
       for (int i = 0; i < S::kBlocks; ++i) {
         XATTN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int token = 16 * i + 8 * half;
-          if (token + g >= count) x.v[i][S::kTiles - 1][2 + half] = 0;
-          const int left = count - token - 2 * t;
+          const int token = 16 * i + 8 * half, left = count - token - 2 * t;
+          if (token + g >= count) x.v[i][S::kTiles - 1][2 * half + 1] = 0;
           one[i][half] = left > 1 ? kOnes : left > 0 ? kOnes & 0xFFFFu : 0u;
         }
       }
     }
-    Fragments<S> h;
-    project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return rows(0, j); }, h);
-    uint32_t key[S::kBlocks][S::kHalves][2];
-    XATTN_UNROLL
-    for (int m = 0; m < S::kTiles; ++m) make_keys(h, m, count, key);
     XATTN_UNROLL
     for (int m = 0; m < S::kTiles; ++m) make_values(x, m, one, key);
   }
@@ -213,7 +229,7 @@ class Block {
                                 const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
     Sums<S> sums;
     begin_with<true>(sums, bias(2) + 16 * m);
-    multiply<true>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
+    multiply<true, Order::kRight>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
       uint32_t value[4];
@@ -295,7 +311,7 @@ class Block {
       sync_threads();
     }
     const int channels = channels_.count;
-    float* to = args_.partial + ((args_.table[args_.first + pair_] + chunk_) * args_.batch + batch_) *
+    float* to = args_.partial + ((args_.table[args_.first + pair()] + chunk()) * args_.batch + batch()) *
                                     (args_.channels + 1) * args_.channels;
     for_rows(channels + 1, channels, [&](int row, int column) {
       to[row * channels + column] = sums[(row < channels ? row : z_row) * Plan::kSumRow + column];
@@ -323,7 +339,7 @@ class Block {
 
   const Arguments& args_;
   Run x_;
-  int pair_, chunk_, batch_, count_;  // tokens of the chunk
+  int work_, count_;  // tokens of the chunk
   Channels channels_;
   float sum_[Plan::kRows][Plan::kColumns][4];
   float z_[S::kTiles][2];
@@ -333,28 +349,39 @@ template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 source_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
-  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
 }
 
 struct Kernel {
-  int width, threads, shared, tile;
+  int width, threads, tile;
+  int (*bytes)(int slabs);
   void (*start)(Arguments);
 };
 template <class Plan>
 constexpr Kernel kernel_of() {
-  return {Plan::S::kWidth, Plan::kThreads, Plan::kBytes, Plan::kTile, source_kernel<Plan>};
+  return {Plan::S::kWidth, Plan::kThreads, Plan::kTile, Plan::bytes, source_kernel<Plan>};
 }
 
-// The narrowest that is wide enough and fits this device; null: none.
-const Kernel* choose(int64_t channels) {
+// The narrowest that is wide enough, with two tiles of tokens on their way or one: none where none fits this device.
+struct Choice {
+  const Kernel* kernel;
+  int slabs;
+  size_t shared;
+};
+Choice choose(int64_t channels) {
   static const Kernel kKernels[] = {
       kernel_of<Plan<24, 1, 4, 3, false, 1, 1>>(),  kernel_of<Plan<40, 25, 4, 3, false, 1, 1>>(),
       kernel_of<Plan<48, 41, 4, 2, false, 1, 1>>(), kernel_of<Plan<72, 49, 8, 1, true, 1, 2>>(),
       kernel_of<Plan<96, 73, 8, 1, true, 2, 2>>(),
   };
-  for (const Kernel& kernel : kKernels)
-    if (kernel.width >= channels) return kernel.shared <= limits().shared_bytes ? &kernel : nullptr;
-  return nullptr;
+  for (const Kernel& kernel : kKernels) {
+    if (kernel.width < channels) continue;
+    for (int slabs = 2; slabs > 0; --slabs)
+      if (kernel.bytes(slabs) <= limits().shared_bytes)
+        return {&kernel, slabs, static_cast<size_t>(kernel.bytes(slabs))};
+    break;
+  }
+  return {};
 }
 
 constexpr const char* kName = "block_sources";
@@ -362,16 +389,17 @@ constexpr const char* kName = "block_sources";
 }  // namespace
 
 int64_t chunk_of_sources(const BlockSources& sources) {
-  const Kernel* kernel = sources.dtype == Dtype::kBFloat16 ? choose(sources.channels) : nullptr;
-  if (kernel == nullptr) return 0;
-  const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel->start), kName, kernel->threads,
-                                           static_cast<size_t>(kernel->shared));
-  return choose_tokens(sources.longest, sources.count * sources.batch, kernel->tile, resident);
+  if (sources.dtype != Dtype::kBFloat16) return 0;
+  const Choice choice = choose(sources.channels);
+  if (choice.kernel == nullptr) return 0;
+  const int64_t resident = resident_blocks(reinterpret_cast<const void*>(choice.kernel->start), kName,
+                                           choice.kernel->threads, choice.shared);
+  return choose_tokens(sources.longest, sources.count * sources.batch, choice.kernel->tile, resident);
 }
 
 void start_sources(const BlockSources& sources, const Table& table, const Chunks& chunks, float* partial,
                    Stream stream) {
-  const Kernel* kernel = choose(sources.channels);
+  const Choice choice = choose(sources.channels);
   const Arguments args{table,
                        sources.packed,
                        sources.batch,
@@ -383,8 +411,9 @@ void start_sources(const BlockSources& sources, const Table& table, const Chunks
                        sources.features,
                        sources.pairs,
                        chunks.table,
+                       choice.slabs,
                        partial};
-  launch(kernel->start, kName, args.works, kernel->threads, static_cast<size_t>(kernel->shared), stream, args);
+  launch(choice.kernel->start, kName, args.works, choice.kernel->threads, choice.shared, stream, args);
 }
 
 }  // namespace xattn::cuda

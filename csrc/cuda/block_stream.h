@@ -149,7 +149,9 @@ template <class Plan>
 ChainGeometry chain_geometry(int padded, int matrices, int limit) {
   using S = typename Plan::S;
   for (int warps = Plan::kThreads / kWarp; warps > 0; warps -= 2) {
-    for (int piece = Plan::kStream ? 4 : 1; piece > 0; --piece) {
+    // A matrix is three pieces at least: what is copied while the last one is multiplied has landed by its end.
+    const int most = padded / 48 < 4 ? padded / 48 : 4;
+    for (int piece = Plan::kStream ? most : 1; piece > 0; --piece) {
       ChainGeometry g{warps * kWarp, warps * S::kTokens, piece, matrices, 0, 0, 0};
       const int width = Plan::kStream ? padded : S::kPadded;
       g.biases = Plan::kStream ? kStreamStages * piece * width * 32 : matrices * width * width * 2;

@@ -26,18 +26,14 @@ class Block {
   using S = typename Plan::S;
   static constexpr int kTokens = S::kTokens;
 
-  XATTN_DEVICE Block(const Arguments& args, int64_t work) : args_(args), problem_(args.problem) {
-    target_ = static_cast<int>(work % problem_.count);
-    work /= problem_.count;
-    run_ = static_cast<int>(work % args.runs);
-    batch_ = static_cast<int>(work / args.runs);
+  XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), problem_(args.problem), work_(work) {
     const View x = view();
-    set_ = static_cast<int>(args.table[problem_.pairs + 2 * target_ + 1]) * kProjections + kQuery1;
-    first_ = static_cast<int>(args.table[problem_.lists + target_]);
-    outputs_ = static_cast<int>(args.table[problem_.lists + target_ + 1]) - first_;
+    set_ = static_cast<int>(args.table[problem_.pairs + 2 * target() + 1]) * kProjections + kQuery1;
+    first_ = static_cast<int>(args.table[problem_.lists + target()]);
+    outputs_ = static_cast<int>(args.table[problem_.lists + target() + 1]) - first_;
     const int64_t left = x.tokens - begin();
     count_ = static_cast<int>(left < args.run ? left : args.run);
-    x_ = run_of(x, batch_, begin());
+    x_ = run_of(x, batch(), begin());
     const int padded = static_cast<int>(padded_channels(problem_.channels));
     channels_ = {static_cast<int>(problem_.channels), padded};
   }
@@ -56,15 +52,20 @@ class Block {
       copy_biases(bias(0), problem_.packed.biases + set_ * padded, padded, 2);
     else
       copy_projections<S>(shared_memory(), bias(0), problem_.packed, set_, 2, channels_.padded);
+    // The first round only loads; without a stream to keep up with, a warp ends with its last token.
     XATTN_KEEP_LOOP
     for (int number = -1; number * args_.geometry.tile < count_; ++number) {
-      // Without a stream to keep up with, a warp ends with its last token.
       if (!Plan::kStream && number >= 0 && token(number) >= count_) break;
-      Fragments<S> x;
-      if constexpr (!Plan::kStream) wait_copies<0>();
-      sync_warp();
-      load_fragments(slab(), channels_, x);
-      sync_warp();
+      Fragments<S> h;
+      if (number >= 0) {
+        if constexpr (!Plan::kStream) wait_copies<0>();
+        sync_warp();
+        Fragments<S> x;
+        load_fragments<Order::kLeft>(slab(), channels_, x);
+        matrices.restart();
+        project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+        sync_warp();
+      }
       load(number + 1);
       if (number < 0) {
         matrices.begin(2, channels_.padded);
@@ -73,13 +74,26 @@ class Block {
         continue;
       }
       if constexpr (!Plan::kStream) commit_copies();
-      attend(number, x, matrices);
+      attend(number, h, matrices);
     }
     wait_copies<0>();
     sync_threads();
   }
 
  private:
+  // Computed again where they are wanted, rather than kept.
+  XATTN_DEVICE int target() const { return opaque(work_) % static_cast<int>(problem_.count); }
+  XATTN_DEVICE int run_number() const {
+    return opaque(work_) / static_cast<int>(problem_.count) % static_cast<int>(args_.runs);
+  }
+  XATTN_DEVICE int batch() const {
+    return opaque(work_) / static_cast<int>(problem_.count) / static_cast<int>(args_.runs);
+  }
+  XATTN_DEVICE int64_t begin() const { return run_number() * args_.run; }
+  XATTN_DEVICE View view() const {
+    return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * target()]);
+  }
+
   XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = count_ - token(number);
@@ -92,37 +106,30 @@ class Block {
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * padded;
   }
   // Where the state of an output is.
-  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch_; }
+  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch(); }
 
-  XATTN_DEVICE int64_t begin() const { return run_ * args_.run; }
-  // Read again where it is wanted, rather than kept.
-  XATTN_DEVICE View view() const {
-    return args_.table.view(problem_.features, args_.table[opaque(problem_.pairs + 2 * target_)]);
-  }
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return view(); }, batch_, begin(), {token(number), 0, channels_.count, tokens(number)},
+        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
         S::kExact ? S::kWidth : channels_.padded, slab());
   }
 
   template <class Matrices>
-  XATTN_DEVICE void attend(int number, const Fragments<S>& x, Matrices& matrices) const {
-    Fragments<S> h, q;
-    matrices.restart();
-    project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+  XATTN_DEVICE void attend(int number, const Fragments<S>& h, Matrices& matrices) const {
+    Fragments<S> q;
     project<Activation::kSoftplus>(h, bias(1), channels_, [&](int) { return matrices.next(); }, q);
     XATTN_KEEP_LOOP
     for (int i = 0; i < outputs_; ++i) {
-      const auto view = [&] { return args_.table.view(problem_.outputs, args_.table[opaque(first_ + i)]); };
-      const Run out = run_of(view(), batch_, begin());
+      const auto out_view = [&] { return args_.table.view(problem_.outputs, args_.table[opaque(first_ + i)]); };
+      const Run out = run_of(out_view(), batch(), begin());
+      const auto whole = [&] { return Whole{out_view(), batch(), begin()}; };
       float factor[S::kBlocks][2];
       divisors(q, problem_.states.z + state(i) * channels_.padded, factor);
       const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out.token_minor);
       const auto clear = [](Sums<S>& sums, int) { sums = {}; };
       const auto flush = [&](int first, int count) {
         const int left = channels_.count - 16 * first, channels = left < 16 * count ? left : 16 * count;
-        store_part<Plan::kGathered>(out, view, batch_, begin(), {token(number), 16 * first, channels, tokens(number)},
-                                    to);
+        store_part<Plan::kGathered>(out, whole, {token(number), 16 * first, channels, tokens(number)}, to);
       };
       if (out.token_minor) {
         float columns[S::kBlocks][2][2];
@@ -194,7 +201,7 @@ class Block {
   const Arguments& args_;
   const BlockTargets& problem_;
   Run x_;
-  int target_, run_, batch_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
+  int work_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
   Channels channels_;
 };
 
@@ -202,7 +209,7 @@ template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 target_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
-  for (int64_t work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
 }
 
 struct Kernel {
