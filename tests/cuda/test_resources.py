@@ -76,7 +76,13 @@ def test_tensor_cores_are_used(table: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [("linear_fwd", "90a"), ("linear_states", "80"), ("states", "120")]
+    ("name", "arch"),
+    [
+        ("linear_fwd", "90a"),
+        ("linear_states", "80"),
+        ("states", "120"),
+        ("block_source_sm90", "90a"),
+    ],
 )
 def test_compiled_again(name: str, arch: str, table: dict[str, Any], nvcc: str) -> None:
     source = direct.ROOT / "csrc" / "cuda" / f"{name}.cu"

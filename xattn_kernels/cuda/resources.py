@@ -13,6 +13,7 @@ block can have of it.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -262,13 +263,18 @@ def write(file: Path, table: Sequence[dict[str, Any]], nvcc: str) -> None:
 
 
 def fresh(sources: Sequence[Path], nvcc: str) -> Iterator[dict[str, Any]]:
-    """Rows of files of kernels for all architectures."""
-    for number, source in enumerate(sources, 1):
-        for arch in SHARED_LIMITS:
-            if source.stem.endswith("_sm90") and arch != "90a":
-                continue
-            print(f"{number}/{len(sources)} {source.name} sm_{arch}", flush=True)
-            yield from rows(source, arch, nvcc)
+    """Rows of files of kernels for all architectures; as many at a time as there are cores."""
+    planned = [
+        (source, arch)
+        for source in sources
+        for arch in SHARED_LIMITS
+        if arch == "90a" or not source.stem.endswith("_sm90")
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda pair: rows(pair[0], pair[1], nvcc), planned)
+        for number, ((source, arch), found) in enumerate(zip(planned, compiled, strict=True), 1):
+            print(f"{number}/{len(planned)} {source.name} sm_{arch}", flush=True)
+            yield from found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
