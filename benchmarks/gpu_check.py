@@ -166,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
     shutil.rmtree(gpu_module.site(options.out), ignore_errors=True)
+    if options.module is None and options.only and "module" not in options.only:
+        options.module = gpu_module.built(options.out)
     if options.module is not None:
         gpu_module.install(options.out, options.module)
     start = time.monotonic()

@@ -35,6 +35,11 @@ def site(out: Path) -> Path:
     return out / "site"
 
 
+def built(out: Path) -> Path | None:
+    """The module that an earlier run built; None if none did."""
+    return next(iter(sorted((out / "module").glob("_cuda.*.so"))), None)
+
+
 def install(out: Path, module: Path) -> Path:
     """Copy the package beside a module; returns where the module is now."""
     target = site(out) / "xattn_kernels"
@@ -95,15 +100,15 @@ def module(report: Report, device: str, _: str) -> None:
     out = report.path.parent
     archs = architectures(device)
     jobs = len(os.sched_getaffinity(0))
-    built = _backend("nvcc").build_module(
+    made = _backend("nvcc").build_module(
         nvcc, archs, out / "module", __version__, [headers()], jobs
     )
-    target = install(out, built)
+    target = install(out, made)
     report.add(
         nvcc=nvcc,
         architectures=" ".join(archs),
         seconds=round(time.monotonic() - start, 1),
-        mib=round(built.stat().st_size / 2**20, 1),
+        mib=round(made.stat().st_size / 2**20, 1),
     )
     check = "import sys, xattn_kernels._cuda as m; print(m.__file__, m.compiled_archs())"
     if device == "cuda":

@@ -265,6 +265,21 @@ def test_package_with_a_module(tmp_path: Path) -> None:
     assert other == target
 
 
+def test_module_of_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single steps, asked for later, have it, with the package as it is now."""
+    monkeypatch.setattr(gpu_check, "stages", lambda engine="all": [])
+    assert gpu_module.built(tmp_path) is None
+    assert gpu_check.main([str(tmp_path), "--only", "cuda_graphs"]) == 0
+    assert not gpu_module.site(tmp_path).exists()
+    (tmp_path / "module").mkdir()
+    (tmp_path / "module" / "_cuda.cpython-3-x.so").write_text("built before")
+    assert gpu_check.main([str(tmp_path), "--only", "cuda_graphs"]) == 0
+    [installed] = gpu_module.site(tmp_path).glob("xattn_kernels/_cuda.*")
+    assert installed.read_text() == "built before"
+    assert gpu_check.main([str(tmp_path), "--only", "module"]) == 0
+    assert not gpu_module.site(tmp_path).exists()
+
+
 def test_module_is_built_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that the compiler is asked for; what it makes does not load here."""
     asked: list[Any] = []
