@@ -132,7 +132,7 @@ XATTN_DEVICE void put_channels(const Tile<E>& tile, int channel, int token, floa
 constexpr int kControl = 384;
 
 // Rows of a warp, 16 kRows of them, by their channels: to a tensor, by way of shared memory that nobody else
-// needs any more. For all threads of a block.
+// needs any more. For all threads of a block; what they do next to shared memory, after a barrier of its own.
 template <class P, int kTokens, int kRows, int kColumns>
 XATTN_DEVICE void store_rows(Accumulator<kRows, kColumns>& from, const View& view, Dtype dtype, int64_t batch,
                              int64_t channel, int channels, int64_t token) {
@@ -147,7 +147,6 @@ XATTN_DEVICE void store_rows(Accumulator<kRows, kColumns>& from, const View& vie
                  [&](int row, int column, float x, float y) { put_channels(tile, column, first + row, x, y); });
   sync_threads();
   store_tile(to.view, to.access, {0, 0, token, channels, least(view.tokens - token, kTokens)}, tile);
-  sync_threads();
 }
 
 }  // namespace xattn::cuda

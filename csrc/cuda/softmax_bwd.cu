@@ -259,20 +259,13 @@ class Block {
       sync_threads();
       if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
       if (!ready) continue;
-      if constexpr (Plan::kWhole) {
-        if (args_.layout == Layout::kTokenMinor)
-          step<true>(done, now.tokens);
-        else
-          step<false>(done, now.tokens);
-      } else {
-        score(done, now);
-        if (now.chunk == geometry_.chunks - 1) {
-          weigh(done, now.tokens);
-          if constexpr (Plan::kSources) {
-            if (second_columns_ > 0) add(second_, scores_, done, 1, now.second_minor);
-          }
-          if (first_columns_ > 0) add(first_, products_, done, 0, now.first_minor);
+      score(done, now);
+      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) {
+        weigh(done, now.tokens);
+        if constexpr (Plan::kSources) {
+          if (second_columns_ > 0) add(second_, scores_, done, 1, now.second_minor);
         }
+        if (first_columns_ > 0) add(first_, products_, done, 0, now.first_minor);
       }
       ++done;
     }
@@ -281,7 +274,7 @@ class Block {
   static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
 
   XATTN_DEVICE void score(int number, const Step& now) {
-    if (now.chunk == 0) {
+    if (Plan::kWhole || now.chunk == 0) {
       scores_.clear();
       products_.clear();
     }
@@ -290,33 +283,18 @@ class Block {
   }
   // sum += own^T other, both of the first or both of the second matrices.
   XATTN_DEVICE void score(Scores& sum, int number, int chunk, int i, bool own_minor, bool other_minor) const {
-    const int depth = padded_width(least(args_.channels[i] - chunk * geometry_.chunk, geometry_.chunk));
-    multiply_add<P>(sum, own(number, i, own_minor).over_channels(), row(),
-                    other(number, i, other_minor).over_channels(), 0, 0, depth);
-  }
-  template <int kColumns>
-  XATTN_DEVICE void add(Accumulator<kRowTiles, kColumns>& sum, const Scores& left, int number, int i,
-                        bool token_minor) const {
-    multiply_add<P>(sum, left, group(number, i, token_minor).over_tokens(), resident() ? control().place.column : 0, 0,
-                    padded_width(columns(i)));
-  }
-
-  // The same for heads of exact width.
-  template <bool kTokenMinor>
-  XATTN_DEVICE void step(int number, int tokens) {
-    score_whole<kTokenMinor>(scores_, number, 0);
-    if (first_columns_ > 0) score_whole<kTokenMinor>(products_, number, 1);
-    weigh(number, tokens);
-    if constexpr (Plan::kSources) {
-      if (second_columns_ > 0) multiply_add<P>(second_, scores_, other(number, 1, kTokenMinor).over_tokens(), 0, 0);
+    if constexpr (Plan::kWhole) {
+      args_.layout == Layout::kTokenMinor ? score_whole<true>(sum, number, i) : score_whole<false>(sum, number, i);
+    } else {
+      const int depth = padded_width(least(args_.channels[i] - chunk * geometry_.chunk, geometry_.chunk));
+      multiply_add<P>(sum, own(number, i, own_minor).over_channels(), row(),
+                      other(number, i, other_minor).over_channels(), 0, 0, depth);
     }
-    if (first_columns_ > 0) multiply_add<P>(first_, products_, other(number, 0, kTokenMinor).over_tokens(), 0, 0);
   }
   template <bool kTokenMinor>
   XATTN_DEVICE void score_whole(Scores& sum, int number, int i) const {
     const auto left = left_pieces<!kTokenMinor>(own(number, i, kTokenMinor).over_channels(), row());
     const auto right = right_pieces<!kTokenMinor>(other(number, i, kTokenMinor).over_channels(), 0, 0);
-    sum.clear();
     XATTN_UNROLL
     for (int k = 0; k < Plan::kChannels / 16; ++k) {
       uint32_t fragments[kRowTiles][4];
@@ -324,6 +302,18 @@ class Block {
       for (int m = 0; m < kRowTiles; ++m) left.load(fragments[m], m, k);
       multiply_step(sum, fragments, right, k);
     }
+  }
+
+  template <int kColumns>
+  XATTN_DEVICE void add(Accumulator<kRowTiles, kColumns>& sum, const Scores& left, int number, int i,
+                        bool token_minor) const {
+    if (!Plan::kWhole)
+      multiply_add<P>(sum, left, group(number, i, token_minor).over_tokens(), resident() ? control().place.column : 0,
+                      0, padded_width(columns(i)));
+    else if (args_.layout == Layout::kTokenMinor)
+      multiply_add<P>(sum, left, other(number, i, true).over_tokens(), 0, 0);
+    else
+      multiply_add<P>(sum, left, other(number, i, false).over_tokens(), 0, 0);
   }
 
   // Scores to p, products to ds.

@@ -54,7 +54,8 @@ struct Plan {
   static constexpr bool kWhole = kChannels > 0;
   // Steps of 16 channels whose fragments of queries stay in registers: all if there is room.
   static constexpr int kKept = kWhole && kRowTiles * kChannels / 4 <= 48 ? kChannels / 16 : 1;
-  static constexpr bool kBalanced = kWhole && kChannels <= 48;
+  // One of so many exponentials is a polynomial; 0: none.
+  static constexpr int kPolynomials = kWhole && kChannels <= 48 ? 9 : 0;
 };
 
 template <class Plan>
@@ -209,17 +210,10 @@ class Block {
       sync_threads();
       if (member_ < last_ && loaded < done + geometry_.stages) next = load(loaded++);
       if (!ready) continue;
-      if constexpr (Plan::kWhole) {
-        if (args_.layout == Layout::kTokenMinor)
-          attend_to<true>(done, now.tokens);
-        else
-          attend_to<false>(done, now.tokens);
-      } else {
-        score(done, now);
-        if (now.chunk == geometry_.chunks - 1) {
-          normalise(now.tokens);
-          multiply_add<P>(sum_, scores_, values(done, now.value_minor).over_tokens(), 0, 0, width());
-        }
+      score(done, now);
+      if (Plan::kWhole || now.chunk == geometry_.chunks - 1) {
+        normalise(now.tokens);
+        add(done, now);
       }
       ++done;
     }
@@ -228,15 +222,17 @@ class Block {
   static XATTN_DEVICE int row() { return warp() * 16 * kRowTiles; }
 
   XATTN_DEVICE void score(int number, const Step& now) {
-    if (now.chunk == 0) scores_.clear();
-    const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
-    multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
-                    keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
+    if constexpr (Plan::kWhole) {
+      args_.layout == Layout::kTokenMinor ? score_whole<true>(number) : score_whole<false>(number);
+    } else {
+      if (now.chunk == 0) scores_.clear();
+      const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
+      multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
+                      keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
+    }
   }
-
-  // The same for heads of exact width.
   template <bool kTokenMinor>
-  XATTN_DEVICE void attend_to(int number, int tokens) {
+  XATTN_DEVICE void score_whole(int number) {
     const auto left = left_pieces<!kTokenMinor>(queries(0, kTokenMinor).over_channels(), row());
     const auto right = right_pieces<!kTokenMinor>(keys(number, kTokenMinor).over_channels(), 0, 0);
     scores_.clear();
@@ -249,8 +245,15 @@ class Block {
       }
       multiply_step(scores_, fragments, right, k);
     }
-    normalise(tokens);
-    multiply_add<P>(sum_, scores_, values(number, kTokenMinor).over_tokens(), 0, 0);
+  }
+
+  XATTN_DEVICE void add(int number, const Step& now) {
+    if (!Plan::kWhole)
+      multiply_add<P>(sum_, scores_, values(number, now.value_minor).over_tokens(), 0, 0, width());
+    else if (args_.layout == Layout::kTokenMinor)
+      multiply_add<P>(sum_, scores_, values(number, true).over_tokens(), 0, 0);
+    else
+      multiply_add<P>(sum_, scores_, values(number, false).over_tokens(), 0, 0);
   }
 
   // Scores to probabilities, not yet divided by their sum.
@@ -283,10 +286,13 @@ class Block {
     const float scale = args_.scale;
     float shift[kRowTiles][2];
     for_rows([&](int m, int i) { shift[m][i] = top_[m][i] == -kInfinity ? 0.0f : top_[m][i]; });
-    int count = 0;
+    [[maybe_unused]] int count = 0;
     for_scores([&](float& s, int m, int i, int) {
       const float x = fused_multiply_add(s, scale, -shift[m][i]);
-      s = Plan::kBalanced && count++ % 4 == 3 ? exp2_polynomial(x) : exp2_approximate(x);
+      if constexpr (Plan::kPolynomials > 0)
+        s = ++count % Plan::kPolynomials == 0 ? exp2_polynomial(x) : exp2_approximate(x);
+      else
+        s = exp2_approximate(x);
       total_[m][i] += s;
     });
   }
