@@ -53,12 +53,8 @@ class Block {
       wait_copies<0>();
       sync_threads();
       load(number + 1);
-      multiply_add<P>(sum_, features(number).over_channels(), pixel_of_warp(),
-                      {weights(number), row_stride<P>(kDepth), true}, hidden_of_warp(), 0,
-                      padded(within(channels_ - static_cast<int64_t>(number) * kDepth, kDepth)),
-                      padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
+      multiply(number, padded(within(channels_ - static_cast<int64_t>(number) * kDepth, kDepth)));
     }
-    wait_copies<0>();
     sync_threads();
     store();
     sync_threads();
@@ -94,6 +90,19 @@ class Block {
       });
     }
     commit_copies();
+  }
+
+  // Whole tiles by loops without a branch in them.
+  XATTN_DEVICE void multiply(int number, int depth) {
+    const Tile<E> x = features(number);
+    const Operand<E> w{weights(number), row_stride<P>(kDepth), true};
+    if (pixels_ < kPixels || columns_ < kHidden)
+      multiply_add<P>(sum_, x.over_channels(), pixel_of_warp(), w, hidden_of_warp(), 0, depth,
+                      padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
+    else if (x.token_minor)
+      multiply_add<P>(sum_, {x.data, x.stride, false}, pixel_of_warp(), w, hidden_of_warp(), 0, depth);
+    else
+      multiply_add<P>(sum_, {x.data, x.stride, true}, pixel_of_warp(), w, hidden_of_warp(), 0, depth);
   }
 
   XATTN_DEVICE void store() {

@@ -410,6 +410,33 @@ def test_map_is_stored_if_needed(twin: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(sizes) == 1 and sizes[0] < 4 * 100 * 40 * 60 / 10
 
 
+def test_every_barrier_and_wait_is_needed(twin: Any) -> None:
+    """Without one, threads race, or results change, in one order of threads or another."""
+    case = Pyramid("drop", ((9, 18), (5, 9), (3, 5)), (100, 70, 5), hidden=150, outputs=20)
+    kinds = ((torch.bfloat16, False), (torch.float32, True))
+    inputs = [case.draw(dtype) for dtype, _ in kinds]
+    inputs[0].features[1][1, 2, 3, 4] = math.nan
+
+    def results() -> list[Tensor]:
+        both = zip(inputs, kinds, strict=True)
+        return [run(case, x.flat(), statistics).nan_to_num(9.0) for x, (_, statistics) in both]
+
+    def is_seen(kind: str, file: str, line: int, seed: int) -> bool:
+        twin.twin_configure(seed=seed, processors=2)
+        twin.twin_drop(kind, file, line)
+        try:
+            return not all(map(torch.equal, results(), expected))
+        except RuntimeError:
+            return True
+
+    twin.twin_configure(seed=0, processors=2)
+    expected = results()
+    places = [place for place in twin.twin_places() if "pyramid" in place[1]]
+    assert {kind for kind, *_ in places} == {"barrier", "wait"}
+    for kind, file, line, _ in places:
+        assert any(is_seen(kind, file, line, seed) for seed in range(20)), (kind, file, line)
+
+
 def test_refusals(twin: Any) -> None:
     with pytest.raises(RuntimeError, match="no float64"):
         xk.pyramid_projection(*TWO.draw(torch.float64))
