@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := xattn_kernels/_build.json
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc build_backend -type f \
 	-not -path '*/__pycache__/*')
-CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/cuda/twin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test check format bench bench-full gpu-check \
 	expected-tests
