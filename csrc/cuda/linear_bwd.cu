@@ -64,23 +64,19 @@ class Block {
     slot_ = work / problem_.batch;
     key_ = args.table.view(problem_.keys, slot_);
     value_ = args.table.view(problem_.values, slot_);
-    key_result_ = args.table.view(problem_.key_results, slot_);
-    value_result_ = args.table.view(problem_.value_results, slot_);
     end_ = begin_ + args.run < key_.tokens ? begin_ + args.run : key_.tokens;
     const bool keys = geometry_.both || group < args.key_groups;
     const bool values = geometry_.both || group >= args.key_groups;
     key_row_ = keys && !geometry_.both ? group * geometry_.key_rows : 0;
     value_row_ = values && !geometry_.both ? (group - static_cast<int>(args.key_groups)) * geometry_.value_rows : 0;
-    keys_ = keys && key_result_.data != nullptr;
-    values_ = values && value_result_.data != nullptr;
+    keys_ = keys && key_result().data != nullptr;
+    values_ = values && value_result().data != nullptr;
   }
 
   XATTN_DEVICE void run() {
     if (begin_ >= end_ || (!keys_ && !values_)) return;
     key_access_ = access<E>(key_, problem_.dtype);
     value_access_ = access<E>(value_, problem_.dtype);
-    key_result_access_ = access<E>(key_result_, problem_.dtype);
-    value_result_access_ = access<E>(value_result_, problem_.dtype);
     const int channels = static_cast<int>(problem_.channels), values = static_cast<int>(problem_.value_channels);
     key_rows_ = least(channels - key_row_, geometry_.key_rows);
     value_rows_ = least(values - value_row_, geometry_.value_rows);
@@ -102,11 +98,8 @@ class Block {
       sync_threads();
       if (geometry_.stages == 1) load(number + 1);
       if (values_)
-        store_tile(value_result_, value_result_access_,
-                   {batch_, value_row_, token(number), value_rows_, tokens(number)}, value_outputs());
-      if (keys_)
-        store_tile(key_result_, key_result_access_, {batch_, key_row_, token(number), key_rows_, tokens(number)},
-                   key_outputs());
+        store(value_result(), value_row_, value_rows_, number, value_outputs(is_token_minor(value_result())));
+      if (keys_) store(key_result(), key_row_, key_rows_, number, key_outputs(is_token_minor(key_result())));
     }
     wait_copies<0>();
     sync_threads();
@@ -125,6 +118,13 @@ class Block {
     return left < geometry_.tokens ? static_cast<int>(left) : geometry_.tokens;
   }
 
+  // Read again where they are needed: registers are few.
+  XATTN_DEVICE View key_result() const { return args_.table.view(problem_.key_results, slot_); }
+  XATTN_DEVICE View value_result() const { return args_.table.view(problem_.value_results, slot_); }
+  XATTN_DEVICE void store(const View& view, int row, int rows, int number, const Tile<E>& from) const {
+    store_tile(view, access<E>(view, problem_.dtype), {batch_, row, token(number), rows, tokens(number)}, from);
+  }
+
   // Of a tile: all keys for dv, or the rows of dk alone; all values for dk. Where a block makes one of the
   // two, it needs the wide tile of one and at most a few rows of the other.
   XATTN_DEVICE bool all_keys() const { return values_; }
@@ -139,14 +139,12 @@ class Block {
     return make_tile<P>(shared<E>(geometry_.inputs + number % geometry_.stages * geometry_.stage),
                         value_access_.token_minor, geometry_.values, geometry_.tokens);
   }
-  XATTN_DEVICE Tile<E> value_outputs() const {
-    return make_tile<P>(shared<E>(geometry_.outputs), value_result_access_.token_minor, geometry_.value_rows,
-                        geometry_.tokens);
+  XATTN_DEVICE Tile<E> value_outputs(bool token_minor) const {
+    return make_tile<P>(shared<E>(geometry_.outputs), token_minor, geometry_.value_rows, geometry_.tokens);
   }
-  XATTN_DEVICE Tile<E> key_outputs() const {
+  XATTN_DEVICE Tile<E> key_outputs(bool token_minor) const {
     const int before = values_ ? tile_elements<P>(geometry_.value_rows, geometry_.tokens) : 0;
-    return make_tile<P>(shared<E>(geometry_.outputs) + before, key_result_access_.token_minor, geometry_.key_rows,
-                        geometry_.tokens);
+    return make_tile<P>(shared<E>(geometry_.outputs) + before, token_minor, geometry_.key_rows, geometry_.tokens);
   }
   // Of dS: rows of values, columns of channels.
   XATTN_DEVICE int state_stride() const {
@@ -188,7 +186,7 @@ class Block {
   }
 
   XATTN_DEVICE void value_gradients(int number) const {
-    const Tile<E> to = value_outputs();
+    const Tile<E> to = value_outputs(is_token_minor(value_result()));
     multiply_tiles<P, 3, 2>(
         {shared<E>(0), state_stride(), true}, keys(number).over_channels(), padded(value_rows_), geometry_.tokens,
         geometry_.channels, [&](int row, int column, Accumulator<3, 2>& sum, int rows, int columns) {
@@ -198,7 +196,7 @@ class Block {
   }
 
   XATTN_DEVICE void key_gradients(int number) const {
-    const Tile<E> to = key_outputs(), k = keys(number);
+    const Tile<E> to = key_outputs(is_token_minor(key_result())), k = keys(number);
     const int shift = key_row_ - key_begin();
     const float* z = shared<float>(geometry_.z);
     const FeatureMap name = problem_.feature_map;
@@ -217,8 +215,8 @@ class Block {
   const Arguments& args_;
   const SourceGradients& problem_;
   const Geometry& geometry_;
-  View key_, value_, key_result_, value_result_;
-  Access key_access_, value_access_, key_result_access_, value_result_access_;
+  View key_, value_;
+  Access key_access_, value_access_;
   int64_t slot_, batch_, begin_, end_;
   int key_row_, value_row_, key_rows_, value_rows_;
   bool keys_, values_;
