@@ -14,7 +14,8 @@
 namespace xattn::cuda {
 
 // kWidth: channels that kernels have room for, a multiple of 8; kFrom: from how many on they are used; kExact:
-// whether loops run over kWidth whatever the channels are.
+// whether loops run over kWidth whatever the channels are. Else rows of weights are left out by 16 and columns by 64,
+// as every end of a loop that is unrolled costs branches, and registers where they meet.
 template <int kWidth_, int kFrom_, int kTokens_, bool kExact_>
 struct Shape {
   static constexpr int kWidth = kWidth_, kFrom = kFrom_, kTokens = kTokens_;
@@ -30,9 +31,15 @@ struct Shape {
 struct Channels {
   int count, padded;
 };
+// Tiles of 16 rows of weights, and of 16 columns.
 template <class S>
 XATTN_DEVICE int tiles(const Channels& channels) {
   return S::kExact ? S::kTiles : channels.padded / 16;
+}
+constexpr int kGrain = 4;
+template <class S>
+XATTN_BOTH int deep_tiles(int padded) {
+  return S::kExact ? S::kTiles : (padded / 16 + kGrain - 1) / kGrain * kGrain;
 }
 
 // Tokens by channels: elements (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8) and their right neighbours
@@ -69,6 +76,20 @@ XATTN_DEVICE int weight_offset(int padded) {
 // by side, so that no register need be copied.
 enum class Order { kLeft, kRight };
 
+// From one order to the other.
+template <class S>
+XATTN_DEVICE void turn(Fragments<S>& x) {
+  XATTN_UNROLL
+  for (int i = 0; i < S::kBlocks; ++i) {
+    XATTN_UNROLL
+    for (int k = 0; k < S::kTiles; ++k) {
+      const uint32_t kept = x.v[i][k][1];
+      x.v[i][k][1] = x.v[i][k][2];
+      x.v[i][k][2] = kept;
+    }
+  }
+}
+
 // sums += x W^T, of a row of tiles of W at `w` (weight_offset added).
 template <bool kColumns, Order kOrder = Order::kLeft, class S>
 XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels) {
@@ -79,7 +100,7 @@ XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16*
   Sums<S> odd{};
   XATTN_UNROLL
   for (int k = 0; k < S::kTiles; ++k) {
-    if (!S::kExact && k >= tiles<S>(channels)) continue;
+    if (!S::kExact && k >= deep_tiles<S>(channels.padded)) continue;
     uint32_t a[4];
     load_matrices(a, w + k * 128);
     Sums<S>& to = kParts == 2 && k % 2 == 1 ? odd : sums;
@@ -175,10 +196,17 @@ XATTN_DEVICE void activate(const Sums<S>& sums, int j, const Channels& channels,
 template <Activation kActivation, class S, class Rows>
 XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channels& channels, const Rows& rows,
                           Fragments<S>& to) {
-  const int offset = weight_offset<false>(S::kExact ? S::kPadded : channels.padded);
+  const int offset = weight_offset<false>(16 * deep_tiles<S>(channels.padded));
   XATTN_UNROLL
   for (int j = 0; j < S::kTiles; ++j) {
-    if (!S::kExact && j >= tiles<S>(channels)) continue;
+    if (!S::kExact && j >= tiles<S>(channels)) {
+      XATTN_UNROLL
+      for (int i = 0; i < S::kBlocks; ++i) {
+        XATTN_UNROLL
+        for (int r = 0; r < 4; ++r) to.v[i][j][r] = 0;
+      }
+      continue;
+    }
     Sums<S> sums;
     begin_with<false>(sums, bias + 16 * j);
     multiply<false>(sums, x, rows(j) + offset, channels);
@@ -357,7 +385,7 @@ XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& c
   const int channel_core = kOrder == Order::kLeft ? core / 2 : core % 2;
   XATTN_UNROLL
   for (int k = 0; k < S::kTiles; ++k) {
-    if (!S::kExact && k >= tiles<S>(channels)) continue;
+    if (!S::kExact && k >= deep_tiles<S>(channels.padded)) continue;
     const bool whole = 16 * k + 8 < S::kWidth;
     const int channel = 16 * k + (whole ? channel_core * 8 : 0);
     XATTN_UNROLL

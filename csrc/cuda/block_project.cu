@@ -41,7 +41,7 @@ class Block {
       return problem_.packed.matrices + (set + projection) * padded * padded * 2;
     };
     const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
-    MatrixStream<true, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 3, uses, source);
+    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels_, 3, uses, source);
     copy_biases(bias(0), problem_.packed.biases + (set + kKey1) * padded, padded, 3);
     // The first round only loads.
     XATTN_KEEP_LOOP
@@ -52,16 +52,17 @@ class Block {
         Fragments<S> x;
         load_fragments<Order::kLeft>(slab(), channels_, x);
         emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
-        project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+        project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(1, j); }, h);
         sync_warp();
       }
       load(number + 1);
       if (number < 0) {
-        matrices.begin(0, padded);
-        wait_copies<1>();
+        matrices.begin(0);
+        wait_copies<0>();
         sync_threads();
         continue;
       }
+      commit_copies();
       emit<Activation::kSoftplus>(h, bias(1), problem_.keys, number, matrices);
     }
     wait_copies<0>();
@@ -95,7 +96,7 @@ class Block {
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
         x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kExact ? S::kWidth : channels_.padded, slab());
+        S::kExact ? S::kWidth : 16 * deep_tiles<S>(channels_.padded), slab());
   }
 
   // activation(W x + b) of a tile to where the table has the pair's keys or values.
@@ -104,8 +105,9 @@ class Block {
     const auto whole = [&] { return Whole{args_.table.view(views, pair()), batch(), begin()}; };
     const Run out = run_of(whole().view, batch(), begin());
     const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, false);
-    gather<Plan, false>(
-        x, channels_, to, matrices, [&](Sums<S>& sums, int m) { begin_with<false>(sums, bias + 16 * m); },
+    gather<Plan, false, Order::kLeft>(
+        x, channels_, to, [&](int m) { return matrices.row(0, m); },
+        [&](Sums<S>& sums, int m) { begin_with<false>(sums, bias + 16 * m); },
         [&](const Sums<S>& sums, int, int b, int h, int r) {
           return activate<kActivation>(sums.v[b][h][2 * r], sums.v[b][h][2 * r + 1]);
         },
@@ -149,13 +151,13 @@ void start_chain_projections(const BlockSources& sources, const Table& table, St
   const Arguments args{table, sources, {}, 0, 0, 0};
   const int64_t padded = padded_channels(sources.channels);
   if (padded == 144)
-    start<ChainPlan<Shape<144, 129, 32, true>, 256, 1, true>>(args, stream);
+    start<ChainPlan<Shape<144, 129, 32, true>, 256, 1, 3>>(args, stream);
   else if (padded <= 192)
-    start<ChainPlan<Shape<192, 1, 16, false>, 256, 1, true>>(args, stream);
+    start<ChainPlan<Shape<192, 1, 16, false>, 256, 1, 3>>(args, stream);
   else if (padded == 288)
-    start<ChainPlan<Shape<288, 273, 16, true>, 256, 1, true>>(args, stream);
+    start<ChainPlan<Shape<288, 273, 16, true>, 256, 1, 2>>(args, stream);
   else
-    start<ChainPlan<Shape<384, 1, 16, false>, 256, 1, true>>(args, stream);
+    start<ChainPlan<Shape<384, 1, 16, false>, 256, 1, 2>>(args, stream);
 }
 
 }  // namespace xattn::cuda

@@ -50,67 +50,85 @@ XATTN_DEVICE void copy_biases(float* to, const float* from, int padded, int coun
   for (int i = thread_index(); i < count * padded; i += thread_count()) to[i] = from[i];
 }
 
-constexpr int kStreamStages = 3;
+// What a kernel does with a tile: its shape; threads and blocks of a processor; rows of tiles in a piece of a matrix,
+// 0: matrices stay in shared memory.
+template <class Shape, int kThreads_, int kResident_, int kPiece_>
+struct ChainPlan {
+  using S = Shape;
+  static constexpr int kThreads = kThreads_, kResident = kResident_, kPiece = kPiece_;
+  static constexpr bool kStream = kPiece > 0;
+  // Tiles of 16 channels that are gathered in shared memory before they are stored.
+  static constexpr int kGather = kStream ? 3 : S::kTiles;
+  static constexpr int kGathered = kStream ? 48 : S::kWidth;
+  static constexpr int kSlab = Slab<S::kTokens>::bytes(S::kWidth);
+  static constexpr int kWarpBytes = kSlab + Slab<S::kTokens>::bytes(kGathered);
+};
 
-// `Source`: matrix i of a tile's, in global memory. All threads of a block call everything together.
-template <bool kStream, class Source>
+// `source(i)`: matrix i of a tile's, in global memory. All threads of a block call everything together.
+template <class Plan, class Source>
 class MatrixStream {
  public:
-  // Shared memory for `piece` rows of tiles at a time; of a stream that is kept, for all of them.
-  XATTN_DEVICE MatrixStream(char* memory, int padded, int piece, int matrices, int uses, const Source& source)
-      : source_(source), memory_(memory), padded_(padded), piece_(piece), matrices_(matrices) {
-    if (kStream) left_ = uses * matrices * ((padded / 16 + piece - 1) / piece);
+  using S = typename Plan::S;
+
+  // `matrices` of them, for `uses` tiles of tokens.
+  XATTN_DEVICE MatrixStream(char* memory, const Channels& channels, int matrices, int uses, const Source& source)
+      : source_(source), memory_(memory), channels_(channels), matrices_(matrices) {
+    if constexpr (Plan::kStream) left_ = uses * matrices * pieces();
   }
 
-  // Copies begin; of a stream that is kept, those of matrices from `first` on, to be waited for before they are used.
-  XATTN_DEVICE void begin(int first, int source_padded) {
-    if constexpr (kStream) {
-      issue();
+  // Copies begin; of matrices that stay, those from `first` on. To be waited for before the first use.
+  XATTN_DEVICE void begin(int first) {
+    if constexpr (Plan::kStream) {
       issue();
     } else {
       XATTN_KEEP_LOOP
       for (int i = first; i < matrices_; ++i)
-        copy_matrix(memory_ + i * padded_ * padded_ * 2, padded_, padded_, source_(i), source_padded);
+        copy_matrix(memory_ + i * deep() * deep() * 2, deep(), deep(), source_(i), channels_.padded);
       commit_copies();
     }
   }
 
-  // The next row of 16 x 16 tiles. With kStream, copies that a thread has begun since its last call are complete
-  // two pieces later.
-  XATTN_DEVICE const BFloat16* next() {
-    if constexpr (kStream) {
-      if (row_ == 0 || in_piece_ == piece_) {
-        wait_copies<1>();
+  // Row j of 16 x 16 tiles of a matrix; of a stream, one after the other. All that a thread has committed before
+  // a piece begins is there then.
+  XATTN_DEVICE const BFloat16* row(int matrix, int j) {
+    const BFloat16* memory = reinterpret_cast<const BFloat16*>(memory_);
+    if constexpr (Plan::kStream) {
+      if (j % Plan::kPiece == 0) {
+        wait_copies<0>();
         sync_threads();
+        stage_ ^= 1;
         issue();
-        at_ = used_ * piece_ * padded_ * 16;
-        used_ = used_ + 1 == kStreamStages ? 0 : used_ + 1;
-        in_piece_ = 0;
       }
-      if (++row_ == padded_ / 16) row_ = 0;
-      return reinterpret_cast<const BFloat16*>(memory_) + at_ + in_piece_++ * 16 * padded_;
+      return memory + (stage_ * Plan::kPiece + j % Plan::kPiece) * 16 * deep();
     } else {
-      return reinterpret_cast<const BFloat16*>(memory_) + row_++ * 16 * padded_;
+      return memory + (matrix * S::kTiles + j) * 16 * deep();
     }
   }
-  // Before the matrices are used once more.
-  XATTN_DEVICE void restart() { row_ = 0; }
 
  private:
-  // The piece after those under way, if there is one.
+  XATTN_DEVICE int deep() const { return 16 * deep_tiles<S>(channels_.padded); }
+  XATTN_DEVICE int pieces() const { return (tiles<S>(channels_) + Plan::kPiece - 1) / Plan::kPiece; }
+
+  // The piece after the one at hand, if there is one, to where the one before was. A warp copies a row of cores.
   XATTN_DEVICE void issue() {
     if (left_ > 0) {
       --left_;
-      const int rows = padded_ / 16 - from_row_ < piece_ ? padded_ / 16 - from_row_ : piece_;
-      const char* from = source_(matrix_) + from_row_ * padded_ * 32;
-      char* to = memory_ + issued_ * piece_ * padded_ * 32;
+      if (piece_ == 0) from_ = source_(matrix_);
+      const int left = 2 * (tiles<S>(channels_) - piece_ * Plan::kPiece);
+      const int rows = left < 2 * Plan::kPiece ? left : 2 * Plan::kPiece;
+      char* to = memory_ + (stage_ ^ 1) * Plan::kPiece * deep() * 32;
       XATTN_KEEP_LOOP
-      for (int i = thread_index(); i < rows * padded_ * 2; i += thread_count())
-        copy_async<16>(to + 16 * i, from + 16 * i);
-      issued_ = issued_ + 1 == kStreamStages ? 0 : issued_ + 1;
-      from_row_ += rows;
-      if (from_row_ == padded_ / 16) {
-        from_row_ = 0;
+      for (int r = opaque(warp()); r < rows; r += warp_count()) {
+        XATTN_KEEP_LOOP
+        for (int i = opaque(lane()); i < deep(); i += kWarp) {
+          const bool valid = S::kExact || i < channels_.padded;
+          copy_async<16>(to + 16 * (r * deep() + i), valid ? from_ + 16 * (r * channels_.padded + i) : from_,
+                         valid ? 16 : 0);
+        }
+      }
+      from_ += rows * channels_.padded * 16;
+      if (++piece_ == pieces()) {
+        piece_ = 0;
         matrix_ = matrix_ + 1 == matrices_ ? 0 : matrix_ + 1;
       }
     }
@@ -119,66 +137,50 @@ class MatrixStream {
 
   const Source& source_;
   char* memory_;
-  int padded_, piece_, matrices_;
-  int row_ = 0, in_piece_ = 0, used_ = 0, at_ = 0;  // of what is read
-  int issued_ = 0, from_row_ = 0, matrix_ = 0;      // of what is copied
-  int left_ = 0;
+  const Channels& channels_;
+  int matrices_;
+  // The stage that is read; what is copied next, from where, and how many pieces that are left.
+  int stage_ = 1, matrix_ = 0, piece_ = 0, left_ = 0;
+  const char* from_ = nullptr;
 };
 
-// What a kernel does with a tile: its shape; threads and blocks of a processor; whether matrices are streamed.
-template <class Shape, int kThreads_, int kResident_, bool kStream_>
-struct ChainPlan {
-  using S = Shape;
-  static constexpr int kThreads = kThreads_, kResident = kResident_;
-  static constexpr bool kStream = kStream_;
-  // Tiles of 16 channels that are gathered in shared memory before they are stored.
-  static constexpr int kGather = kStream ? 3 : S::kTiles;
-  static constexpr int kGathered = kStream ? 48 : S::kWidth;
-  static constexpr int kSlab = Slab<S::kTokens>::bytes(S::kWidth);
-  static constexpr int kWarpBytes = kSlab + Slab<S::kTokens>::bytes(kGathered);
-};
-
-// Sizes that a call chooses: warps, rows of tiles in a piece, or matrices that are kept; bytes of shared memory.
+// Sizes that a call chooses: warps, and matrices that stay; bytes of shared memory.
 struct ChainGeometry {
-  int threads, tile, piece, matrices;
+  int threads, tile;
   int biases, slabs, shared;  // offsets and size
 };
 
-// The most warps, then the largest pieces, that fit `limit` bytes: threads of 0 where none does.
+// The most warps that fit `limit` bytes: threads of 0 where none does.
 template <class Plan>
 ChainGeometry chain_geometry(int padded, int matrices, int limit) {
   using S = typename Plan::S;
+  const int width = 16 * deep_tiles<S>(padded);
   for (int warps = Plan::kThreads / kWarp; warps > 0; warps -= 2) {
-    // A matrix is three pieces at least: what is copied while the last one is multiplied has landed by its end.
-    const int most = padded / 48 < 4 ? padded / 48 : 4;
-    for (int piece = Plan::kStream ? most : 1; piece > 0; --piece) {
-      ChainGeometry g{warps * kWarp, warps * S::kTokens, piece, matrices, 0, 0, 0};
-      const int width = Plan::kStream ? padded : S::kPadded;
-      g.biases = Plan::kStream ? kStreamStages * piece * width * 32 : matrices * width * width * 2;
-      g.slabs = g.biases + 3 * width * static_cast<int>(sizeof(float));
-      g.shared = g.slabs + warps * Plan::kWarpBytes;
-      if (g.shared <= limit) return g;
-    }
+    ChainGeometry g{warps * kWarp, warps * S::kTokens, 0, 0, 0};
+    g.biases = Plan::kStream ? 2 * Plan::kPiece * width * 32 : matrices * width * width * 2;
+    g.slabs = g.biases + 3 * width * static_cast<int>(sizeof(float));
+    g.shared = g.slabs + warps * Plan::kWarpBytes;
+    if (g.shared <= limit) return g;
   }
   return {};
 }
 
-// Everything that a warp computes from 16 channels after another: rows(m) of a matrix times x, gathered and stored.
+// Everything that a warp computes from 16 channels after another: row(m) of a matrix times x, gathered and stored.
 // pair(sums, m, i, h, r): elements 2 r and 2 r + 1 of sums.v[i][h], finished and packed; flush(first, count): tiles
 // of 16 channels from `first` on are gathered.
-template <class Plan, bool kColumns, class Next, class Begin, class Pair, class Flush>
+template <class Plan, bool kColumns, Order kOrder, class Row, class Begin, class Pair, class Flush>
 XATTN_DEVICE void gather(const Fragments<typename Plan::S>& x, const Channels& channels,
-                         const Slab<Plan::S::kTokens>& to, Next& next, const Begin& begin, const Pair& pair,
+                         const Slab<Plan::S::kTokens>& to, const Row& row, const Begin& begin, const Pair& pair,
                          const Flush& flush) {
   using S = typename Plan::S;
   const int g = lane() / 4, t = lane() % 4, count = tiles<S>(channels);
-  const int offset = weight_offset<kColumns>(S::kExact ? S::kPadded : channels.padded);
+  const int offset = weight_offset<kColumns>(16 * deep_tiles<S>(channels.padded));
   XATTN_KEEP_LOOP
   for (int m = 0; m < count; ++m) {
     const int first = m / Plan::kGather * Plan::kGather, at = 16 * (m - first);
     Sums<S> sums;
     begin(sums, m);
-    multiply<kColumns>(sums, x, next.next() + offset, channels);
+    multiply<kColumns, kOrder>(sums, x, row(m) + offset, channels);
     XATTN_UNROLL
     for (int h = 0; h < 2; ++h) {
       XATTN_UNROLL

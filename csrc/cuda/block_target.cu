@@ -27,13 +27,14 @@ class Block {
   static constexpr int kTokens = S::kTokens;
 
   XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), problem_(args.problem), work_(work) {
+    batch_ = work / static_cast<int>(problem_.count) / static_cast<int>(args.runs);
     const View x = view();
     set_ = static_cast<int>(args.table[problem_.pairs + 2 * target() + 1]) * kProjections + kQuery1;
     first_ = static_cast<int>(args.table[problem_.lists + target()]);
     outputs_ = static_cast<int>(args.table[problem_.lists + target() + 1]) - first_;
     const int64_t left = x.tokens - begin();
     count_ = static_cast<int>(left < args.run ? left : args.run);
-    x_ = run_of(x, batch(), begin());
+    x_ = run_of(x, batch_, begin());
     const int padded = static_cast<int>(padded_channels(problem_.channels));
     channels_ = {static_cast<int>(problem_.channels), padded};
   }
@@ -44,12 +45,10 @@ class Block {
       const int64_t bytes = static_cast<int64_t>(channels_.padded) * channels_.padded * 2;
       return i < 2 ? problem_.packed.matrices + (set_ + i) * bytes : problem_.states.s + state(i - 2) * bytes;
     };
-    const int padded = Plan::kStream ? channels_.padded : S::kPadded;
     const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
-    MatrixStream<Plan::kStream, decltype(source)> matrices(shared_memory(), padded, args_.geometry.piece, 2 + outputs_,
-                                                           uses, source);
+    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels_, 2 + outputs_, uses, source);
     if constexpr (Plan::kStream)
-      copy_biases(bias(0), problem_.packed.biases + set_ * padded, padded, 2);
+      copy_biases(bias(0), problem_.packed.biases + set_ * channels_.padded, channels_.padded, 2);
     else
       copy_projections<S>(shared_memory(), bias(0), problem_.packed, set_, 2, channels_.padded);
     // The first round only loads; without a stream to keep up with, a warp ends with its last token.
@@ -62,18 +61,17 @@ class Block {
         sync_warp();
         Fragments<S> x;
         load_fragments<Order::kLeft>(slab(), channels_, x);
-        matrices.restart();
-        project<Activation::kRelu>(x, bias(0), channels_, [&](int) { return matrices.next(); }, h);
+        project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(0, j); }, h);
         sync_warp();
       }
       load(number + 1);
       if (number < 0) {
-        matrices.begin(2, channels_.padded);
-        wait_copies<Plan::kStream ? 1 : 0>();
+        matrices.begin(2);
+        wait_copies<0>();
         sync_threads();
         continue;
       }
-      if constexpr (!Plan::kStream) commit_copies();
+      commit_copies();
       attend(number, h, matrices);
     }
     wait_copies<0>();
@@ -85,9 +83,6 @@ class Block {
   XATTN_DEVICE int target() const { return opaque(work_) % static_cast<int>(problem_.count); }
   XATTN_DEVICE int run_number() const {
     return opaque(work_) / static_cast<int>(problem_.count) % static_cast<int>(args_.runs);
-  }
-  XATTN_DEVICE int batch() const {
-    return opaque(work_) / static_cast<int>(problem_.count) / static_cast<int>(args_.runs);
   }
   XATTN_DEVICE int64_t begin() const { return run_number() * args_.run; }
   XATTN_DEVICE View view() const {
@@ -106,32 +101,38 @@ class Block {
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * padded;
   }
   // Where the state of an output is.
-  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch(); }
+  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch_; }
 
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kExact ? S::kWidth : channels_.padded, slab());
+        x_, [this] { return Whole{view(), batch_, begin()}; }, {token(number), 0, channels_.count, tokens(number)},
+        S::kExact ? S::kWidth : 16 * deep_tiles<S>(channels_.padded), slab());
   }
 
   template <class Matrices>
   XATTN_DEVICE void attend(int number, const Fragments<S>& h, Matrices& matrices) const {
     Fragments<S> q;
-    project<Activation::kSoftplus>(h, bias(1), channels_, [&](int) { return matrices.next(); }, q);
+    project<Activation::kSoftplus>(h, bias(1), channels_, [&](int j) { return matrices.row(1, j); }, q);
+    // Turned in place when an output wants it otherwise than the one before: there is no room for both.
+    bool turned = false;
     XATTN_KEEP_LOOP
     for (int i = 0; i < outputs_; ++i) {
       const auto out_view = [&] { return args_.table.view(problem_.outputs, args_.table[opaque(first_ + i)]); };
-      const Run out = run_of(out_view(), batch(), begin());
-      const auto whole = [&] { return Whole{out_view(), batch(), begin()}; };
-      float factor[S::kBlocks][2];
-      divisors(q, problem_.states.z + state(i) * channels_.padded, factor);
+      const Run out = run_of(out_view(), batch_, begin());
+      const auto whole = [&] { return Whole{out_view(), batch_, begin()}; };
       const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out.token_minor);
+      const auto row = [&](int m) { return matrices.row(2 + i, m); };
       const auto clear = [](Sums<S>& sums, int) { sums = {}; };
       const auto flush = [&](int first, int count) {
         const int left = channels_.count - 16 * first, channels = left < 16 * count ? left : 16 * count;
         store_part<Plan::kGathered>(out, whole, {token(number), 16 * first, channels, tokens(number)}, to);
       };
+      if (out.token_minor != turned) turn(q);
+      turned = out.token_minor;
+      const float* z = problem_.states.z + state(i) * channels_.padded;
+      float factor[S::kBlocks][2];
       if (out.token_minor) {
+        divisors<Order::kRight>(q, z, factor);
         float columns[S::kBlocks][2][2];
         XATTN_UNROLL
         for (int b = 0; b < S::kBlocks; ++b) {
@@ -141,16 +142,17 @@ class Block {
             columns[b][h][1] = shuffle(factor[b][h], 8 * (lane() % 4) + 4);
           }
         }
-        gather<Plan, true>(
-            q, channels_, to, matrices, clear,
+        gather<Plan, true, Order::kRight>(
+            q, channels_, to, row, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * columns[b][h][0], v[2 * r + 1] * columns[b][h][1]);
             },
             flush);
       } else {
-        gather<Plan, false>(
-            q, channels_, to, matrices, clear,
+        divisors<Order::kLeft>(q, z, factor);
+        gather<Plan, false, Order::kLeft>(
+            q, channels_, to, row, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * factor[b][r], v[2 * r + 1] * factor[b][r]);
@@ -161,6 +163,7 @@ class Block {
   }
 
   // 1 / max(Z . q, eps) of tokens 16 b + g and 16 b + g + 8.
+  template <Order kOrder>
   XATTN_DEVICE void divisors(const Fragments<S>& q, const float* z, float (&factor)[S::kBlocks][2]) const {
     struct alignas(8) Two {
       float x, y;
@@ -178,7 +181,7 @@ class Block {
         for (int b = 0; b < S::kBlocks; ++b) {
           XATTN_UNROLL
           for (int r = 0; r < 2; ++r) {
-            const uint32_t pair = q.v[b][k][2 * h + r];
+            const uint32_t pair = q.v[b][k][kOrder == Order::kLeft ? 2 * h + r : 2 * r + h];
             float& sum = factor[b][r];
             sum = fused_multiply_add(w.x, bits_float(pair << 16), sum);
             sum = fused_multiply_add(w.y, bits_float(pair & 0xFFFF0000u), sum);
@@ -201,7 +204,7 @@ class Block {
   const Arguments& args_;
   const BlockTargets& problem_;
   Run x_;
-  int work_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
+  int work_, batch_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
   Channels channels_;
 };
 
@@ -225,15 +228,15 @@ constexpr Kernel kernel_of() {
 
 const Kernel& choose(int64_t channels) {
   static const Kernel kKernels[] = {
-      kernel_of<ChainPlan<Shape<24, 1, 32, true>, 128, 4, false>>(),
-      kernel_of<ChainPlan<Shape<40, 25, 32, true>, 128, 4, false>>(),
-      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 3, false>>(),
-      kernel_of<ChainPlan<Shape<72, 49, 32, true>, 384, 1, false>>(),
-      kernel_of<ChainPlan<Shape<96, 73, 32, true>, 256, 1, false>>(),
-      kernel_of<ChainPlan<Shape<144, 129, 32, true>, 256, 1, true>>(),
-      kernel_of<ChainPlan<Shape<192, 1, 16, false>, 256, 1, true>>(),
-      kernel_of<ChainPlan<Shape<288, 273, 16, true>, 256, 1, true>>(),
-      kernel_of<ChainPlan<Shape<384, 1, 16, false>, 256, 1, true>>(),
+      kernel_of<ChainPlan<Shape<24, 1, 32, true>, 128, 4, 0>>(),
+      kernel_of<ChainPlan<Shape<40, 25, 32, true>, 128, 4, 0>>(),
+      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 3, 0>>(),
+      kernel_of<ChainPlan<Shape<72, 49, 32, true>, 384, 1, 0>>(),
+      kernel_of<ChainPlan<Shape<96, 73, 32, true>, 256, 1, 0>>(),
+      kernel_of<ChainPlan<Shape<144, 129, 32, true>, 256, 1, 3>>(),
+      kernel_of<ChainPlan<Shape<192, 1, 16, false>, 256, 1, 3>>(),
+      kernel_of<ChainPlan<Shape<288, 273, 16, true>, 256, 1, 2>>(),
+      kernel_of<ChainPlan<Shape<384, 1, 16, false>, 256, 1, 2>>(),
   };
   const int64_t padded = padded_channels(channels);
   const Kernel* last = nullptr;
