@@ -117,6 +117,17 @@ XATTN_DEVICE void load_part(const Matrix<E>& from, const Part& part, const Tile<
   }
 }
 
+// body(a, b), where the compiler knows a and b, for operands of 16 bits: see Pieces.
+template <class E, class Body>
+XATTN_DEVICE void with_layouts(bool a, bool b, const Body& body) {
+  if constexpr (sizeof(E) == 4)
+    body(a, b);
+  else if (a)
+    b ? body(true, true) : body(true, false);
+  else
+    b ? body(false, true) : body(false, false);
+}
+
 // Two neighbouring channels of a token.
 template <class E>
 XATTN_DEVICE void put_channels(const Tile<E>& tile, int channel, int token, float x, float y) {

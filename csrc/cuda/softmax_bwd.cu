@@ -287,8 +287,10 @@ class Block {
       args_.layout == Layout::kTokenMinor ? score_whole<true>(sum, number, i) : score_whole<false>(sum, number, i);
     } else {
       const int depth = padded_width(least(args_.channels[i] - chunk * geometry_.chunk, geometry_.chunk));
-      multiply_add<P>(sum, own(number, i, own_minor).over_channels(), row(),
-                      other(number, i, other_minor).over_channels(), 0, 0, depth);
+      with_layouts<E>(own_minor, other_minor, [&](bool left, bool right) {
+        multiply_add<P>(sum, own(number, i, left).over_channels(), row(), other(number, i, right).over_channels(), 0, 0,
+                        depth);
+      });
     }
   }
   template <bool kTokenMinor>

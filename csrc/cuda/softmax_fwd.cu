@@ -227,8 +227,10 @@ class Block {
     } else {
       if (now.chunk == 0) scores_.clear();
       const int channels = least(args_.channels - now.chunk * geometry_.chunk, geometry_.chunk);
-      multiply_add<P>(scores_, queries(number, query_minor_).over_channels(), row(),
-                      keys(number, now.key_minor).over_channels(), 0, 0, padded_width(channels));
+      with_layouts<E>(query_minor_, now.key_minor, [&](bool left, bool right) {
+        multiply_add<P>(scores_, queries(number, left).over_channels(), row(), keys(number, right).over_channels(), 0,
+                        0, padded_width(channels));
+      });
     }
   }
   template <bool kTokenMinor>
