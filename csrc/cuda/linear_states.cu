@@ -66,8 +66,6 @@ class Block {
     end_ = min(key_.tokens, begin_ + args.chunk);
     row_ = group % row_groups * Plan::kRows;
     column_ = group / row_groups * Plan::kColumns;
-    partial_ = args.partial + ((args.table[args.first + slot_] + chunk) * problem_.batch + batch_) *
-                                  (problem_.value_channels + 1) * problem_.channels;
   }
 
   XATTN_DEVICE void run() {
@@ -150,13 +148,9 @@ class Block {
     const FeatureMap name = problem_.feature_map;
     const bool weighted = problem_.weights != nullptr;
     // Of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-    float w[4], u[4];
+    float w[4];
     XATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int n = first + 2 * t + i % 2 + i / 2 * 8;
-      w[i] = weighted ? weights(number)[n] : 1.0f;
-      u[i] = value_of_z(number, n);
-    }
+    for (int i = 0; i < 4; ++i) w[i] = weighted ? weights(number)[first + 2 * t + i % 2 + i / 2 * 8] : 1.0f;
     uint32_t right[kPiece / 16][4];
     XATTN_UNROLL
     for (int n = 0; n < kPiece / 16; ++n) {
@@ -185,7 +179,10 @@ class Block {
         load_matrices_transposed(left, v.at(row + 16 * m + matrix % 2 * 8, first + matrix / 2 * 8 + r));
       XATTN_UNROLL
       for (int j = 0; j < 4; ++j)
-        if (z == 16 * m + j % 2 * 8 + g) left[j] = pack_bfloat16(u[j / 2 * 2], u[j / 2 * 2 + 1]);
+        if (z == 16 * m + j % 2 * 8 + g) {
+          const int n = first + 2 * t + j / 2 * 8;
+          left[j] = pack_bfloat16(value_of_z(number, n), value_of_z(number, n + 1));
+        }
       XATTN_UNROLL
       for (int n = 0; n < kPiece / 16; ++n) {
         if (column_of_warp() + 16 * n >= columns_) continue;
@@ -230,8 +227,11 @@ class Block {
         });
       sync_threads();
     }
+    const int64_t chunk = args_.table[args_.first + slot_] + begin_ / args_.chunk;
+    float* partial =
+        args_.partial + (chunk * problem_.batch + batch_) * (problem_.value_channels + 1) * problem_.channels;
     for_rows(rows_, columns_, [&](int row, int column) {
-      partial_[(row_ + row) * problem_.channels + column_ + column] = sums[row * Plan::kColumns + column];
+      partial[(row_ + row) * problem_.channels + column_ + column] = sums[row * Plan::kColumns + column];
     });
     sync_threads();
   }
@@ -249,7 +249,6 @@ class Block {
   Access key_access_, value_access_;
   int64_t slot_, batch_, begin_, end_, row_, column_;
   int rows_, columns_;
-  float* partial_;
   Accumulator<kPiece / 16, kPiece / 8> sum_;
 };
 
