@@ -34,12 +34,23 @@ struct Channels {
 // Tiles of 16 rows of weights, and of 16 columns.
 template <class S>
 XATTN_DEVICE int tiles(const Channels& channels) {
-  return S::kExact ? S::kTiles : channels.padded / 16;
+  return S::kExact ? S::kTiles : opaque(channels.padded) / 16;
 }
 constexpr int kGrain = 4;
 template <class S>
 XATTN_BOTH int deep_tiles(int padded) {
   return S::kExact ? S::kTiles : (padded / 16 + kGrain - 1) / kGrain * kGrain;
+}
+
+// body(k) for all tiles of columns.
+template <class S, class Body>
+XATTN_DEVICE void for_columns(const Channels& channels, const Body& body) {
+  XATTN_UNROLL
+  for (int first = 0; first < S::kTiles; first += kGrain) {
+    if (!S::kExact && first >= deep_tiles<S>(opaque(channels.padded))) continue;
+    XATTN_UNROLL
+    for (int k = first; k < first + kGrain && k < S::kTiles; ++k) body(k);
+  }
 }
 
 // Tokens by channels: elements (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8) and their right neighbours
@@ -90,17 +101,16 @@ XATTN_DEVICE void turn(Fragments<S>& x) {
   }
 }
 
-// sums += x W^T, of a row of tiles of W at `w` (weight_offset added).
+// sums += x W^T, of a row of tiles of W at `w` (weight_offset added). half: with tokens as rows, only 8 channels of it.
 template <bool kColumns, Order kOrder = Order::kLeft, class S>
-XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels) {
+XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels,
+                           bool half = false) {
   static_assert(kColumns || kOrder == Order::kLeft, "tokens as rows are a left operand");
   constexpr int kHigh = kOrder == Order::kLeft ? 2 : 1, kNext = kOrder == Order::kLeft ? 1 : 2;
   // Of few tokens, two sums at a time: products that wait for each other keep the tensor cores waiting.
   constexpr int kParts = S::kBlocks == 1 && S::kExact ? 2 : 1;
   Sums<S> odd{};
-  XATTN_UNROLL
-  for (int k = 0; k < S::kTiles; ++k) {
-    if (!S::kExact && k >= deep_tiles<S>(channels.padded)) continue;
+  for_columns<S>(channels, [&](int k) {
     uint32_t a[4];
     load_matrices(a, w + k * 128);
     Sums<S>& to = kParts == 2 && k % 2 == 1 ? odd : sums;
@@ -112,10 +122,10 @@ XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16*
         multiply_bfloat16(to.v[i][1], a, {b[kNext], b[kNext + kHigh]});
       } else {
         multiply_bfloat16(to.v[i][0], b, {a[0], a[1]});
-        multiply_bfloat16(to.v[i][1], b, {a[2], a[3]});
+        if (!half) multiply_bfloat16(to.v[i][1], b, {a[2], a[3]});
       }
     }
-  }
+  });
   if constexpr (kParts == 2) {
     XATTN_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -209,7 +219,7 @@ XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channe
     }
     Sums<S> sums;
     begin_with<false>(sums, bias + 16 * j);
-    multiply<false>(sums, x, rows(j) + offset, channels);
+    multiply<false>(sums, x, rows(j) + offset, channels, 16 * j + 8 >= S::kWidth);
     activate<kActivation>(sums, j, channels, kActivation == Activation::kRelu ? ones() : 0u, to);
   }
 }
@@ -383,9 +393,7 @@ XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& c
   const int l = opaque(lane()), core = l / 8, row = l % 8;
   const int token_core = kOrder == Order::kLeft ? core % 2 : core / 2;
   const int channel_core = kOrder == Order::kLeft ? core / 2 : core % 2;
-  XATTN_UNROLL
-  for (int k = 0; k < S::kTiles; ++k) {
-    if (!S::kExact && k >= deep_tiles<S>(channels.padded)) continue;
+  for_columns<S>(channels, [&](int k) {
     const bool whole = 16 * k + 8 < S::kWidth;
     const int channel = 16 * k + (whole ? channel_core * 8 : 0);
     XATTN_UNROLL
@@ -400,7 +408,7 @@ XATTN_DEVICE void load_fragments(const Slab<S::kTokens>& from, const Channels& c
         for (int r = 0; r < 2; ++r) x.v[i][k][kOrder == Order::kLeft ? 2 + r : 2 * r + 1] = ones();
       }
     }
-  }
+  });
 }
 
 // All of a slab's tokens and channels as an operand.

@@ -1,4 +1,4 @@
-"""The cross-attention block in CUDA C++: sources, sums of states, targets, for all edges at once."""
+"""The cross-attention block in CUDA C++: sources, sums of states and targets of all edges."""
 
 from __future__ import annotations
 
