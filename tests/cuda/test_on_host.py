@@ -27,7 +27,7 @@ FILES: dict[str, int] = {
 #: What runs once more where races of threads are errors: pytest's -k, and how many tests.
 RACES = {
     "linear.py": ("test_cases", 45),
-    "block.py": 225("test_cases or test_widths", 51),
+    "block.py": ("test_cases or test_widths", 57),
     "softmax.py": ("test_cases or test_wide", 60),
 }
 
