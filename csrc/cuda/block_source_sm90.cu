@@ -120,8 +120,8 @@ class Block {
     end_ = static_cast<int>(begin_ + args_.chunk < tokens ? begin_ + args_.chunk : tokens);
   }
 
+  // Everybody has passed a barrier since the last product by the weights before.
   XATTN_DEVICE void fetch_weights(int weight) const {
-    sync_threads();
     if (thread_index() != 0) return;
     const int64_t number = static_cast<int64_t>(weight) * kProjections + kKey1;
     constexpr int64_t kPacked = static_cast<int64_t>(S::kDepth) * S::kDepth * 2;
@@ -150,14 +150,7 @@ class Block {
     commit_copies();
   }
 
-  XATTN_DEVICE void sync_group() const { sync_some(1 + warpgroup(), kWarpgroup); }
-  // Of those who multiply each other's tokens.
-  XATTN_DEVICE void sync_sharers() const {
-    if constexpr (S::kShared)
-      sync_threads();
-    else
-      sync_group();
-  }
+  static XATTN_DEVICE int group_barrier() { return 1 + warpgroup(); }
 
   // h = relu(W_k1 x).
   template <int kSlice = 0>
@@ -172,7 +165,7 @@ class Block {
     else
       h.template clear_from<S::kWidth>(args_.channels);
   }
-  // Keys of h or values of x to shared memory, zero beyond the last token; the value of Z.
+  // Keys of h to shared memory, zero beyond the last token; values of x, and that of Z.
   XATTN_DEVICE void write_keys(Features& h, char* to, int tokens) const {
     XATTN_UNROLL
     for (int i = 0; i < S::kSlices; ++i) {
@@ -187,7 +180,7 @@ class Block {
       write(k, to, i);
     }
   }
-  XATTN_DEVICE void write_values(const CoreTile& x, char* to, int tokens) const {
+  XATTN_DEVICE void write_values(const CoreTile& x, char* to) const {
     XATTN_UNROLL
     for (int i = 0; i < S::kSlices; ++i) {
       Sums sums;
@@ -198,7 +191,6 @@ class Block {
       v.template set<0>(sums, [](float a, float b) { return pack_bfloat16_relu(a, b); });
       v.template clear_from<S::kColumns>(args_.channels - i * S::kColumns);
       if (i + 1 == S::kSlices) v.template set_one<S::kColumns>(args_.channels - i * S::kColumns);
-      v.clear_rows_from(tokens);
       write(v, to, i);
     }
   }
@@ -218,21 +210,23 @@ class Block {
     for (int number = 0; begin_ + number * S::kTokens < end_; ++number) {
       wait_copies<0>();
       fence_async();
-      sync_group();
+      sync_some(group_barrier(), kWarpgroup);
       if (S::kStages == 2) load(number + 1);
       const CoreTile x = x_tile(number);
-      write_values(x, values_of(warpgroup()), tokens(number));
+      write_values(x, values_of(warpgroup()));
       Features h;
       project(h, x);
-      if (!S::kApart) sync_group();  // x has been read
+      if (!S::kApart) sync_some(group_barrier(), kWarpgroup);  // x has been read
       write_keys(h, keys_of(warpgroup()), tokens(number));
       fence_async();
-      sync_sharers();
+      if constexpr (S::kShared)
+        sync_threads();
+      else
+        sync_some(group_barrier(), kWarpgroup);
       add_products(s);
-      sync_sharers();
+      if constexpr (S::kShared) sync_threads();  // others multiply by these keys as well
       if (S::kStages == 1) load(number + 1);
     }
-    wait_copies<0>();
     finish(s, work);
   }
 

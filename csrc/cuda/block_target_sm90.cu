@@ -181,7 +181,7 @@ class Consumer {
       const int stage = (i - walk_.begin()) % args_.stages;
       wait_copies<0>();
       fence_async();
-      sync_group();
+      sync_some(group_barrier(), kWarpgroup);
       if (args_.stages == 2) load(i + 1, stage ^ 1);
       leave_ = true;
       if (args_.stay && i + 1 < walk_.end()) {
@@ -197,7 +197,7 @@ class Consumer {
         Features h, q;
         project_tile(h, x);
         if (args_.stages == 1 && pair + 1 == end) {
-          sync_group();
+          sync_some(group_barrier(), kWarpgroup);
           load(i + 1, 0);
         }
         project(q, h);
@@ -212,7 +212,7 @@ class Consumer {
   using Sums = float[S::kColumns / 2];
   using Features = WideFragments<S::kSteps>;
 
-  XATTN_DEVICE void sync_group() const { sync_some(1 + warpgroup(), kWarpgroup); }
+  static XATTN_DEVICE int group_barrier() { return 1 + warpgroup(); }
 
   XATTN_DEVICE void load(int i, int stage) {
     if (i < walk_.end()) {
@@ -319,11 +319,11 @@ class Consumer {
       out.template set<0>(sums, [](float a, float b) { return pack_bfloat16(a, b); });
       out.template clear_from<S::kColumns>(S::kColumns);
       out.store(staged);
-      sync_group();
+      sync_some(group_barrier(), kWarpgroup);
       const int channel = slice * S::kColumns, channels = args_.channels - channel;
       store_cores(view, how, {work_.batch, channel, token, channels < S::kColumns ? channels : S::kColumns, tokens},
                   staged);
-      sync_group();
+      sync_some(group_barrier(), kWarpgroup);
     }
   }
 

@@ -217,8 +217,8 @@ def _prune(days: int = 7) -> None:
 
 def _sources(name: str, asan: bool, races: bool) -> list[Source]:
     kernels = (*KERNEL_FLAGS, *(ASAN_FLAGS if asan else RACE_FLAGS if races else ()))
-    layer = [TWIN / file for file in ("twin.cpp", "fiber.cpp", "values.cpp", "races.cpp", "sm90_twin.cpp")]
-    sources = [Source(path, LAYER_FLAGS) for path in layer]
+    layer = ("twin.cpp", "fiber.cpp", "values.cpp", "races.cpp", "sm90_twin.cpp")
+    sources = [Source(TWIN / file, LAYER_FLAGS) for file in layer]
     sources.append(Source(TWIN / "bind.cpp", HOST_FLAGS))
     if name == "_cuda":
         cuda = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.name not in NOT_ON_HOST)

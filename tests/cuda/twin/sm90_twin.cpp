@@ -34,6 +34,8 @@ struct Copy {
 
 struct Phases {
   int arrivals = 0, pending = 0;
+  int maker = 0;
+  uint64_t made = 0;  // after so many meetings
   int64_t bytes = 0;  // expected and not yet landed
   int parity = 0;
   std::vector<int> waiting;
@@ -48,11 +50,11 @@ struct Share {
   std::vector<float> start;  // of d; empty where an earlier product that is not done gives it
 };
 
+// Warps have 16 rows each, and nothing makes them wait for each other.
 struct Product {
   WideOperands operands;
   Site site;
-  int arrived = 0;
-  bool done = false;
+  int arrived[4] = {};
   Share shares[kGroupThreads];
 };
 
@@ -61,7 +63,7 @@ struct Group {
   int issued[kGroupThreads] = {};
   std::vector<int> ends[kGroupThreads];  // of each thread's groups: products issued by then
   bool begun[kGroupThreads] = {};
-  size_t done = 0;
+  size_t done[4] = {};  // by warps
   std::vector<int> waiting;
 };
 
@@ -75,6 +77,11 @@ struct State {
 
 State state;
 
+// Whether AddressSanitizer, where it is there, lets nobody touch some bytes.
+bool out_of_bounds(const void* memory, size_t bytes) {
+  return __asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(memory), bytes);
+}
+
 std::string at(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
 std::string unfinished() {
@@ -82,8 +89,10 @@ std::string unfinished() {
     if (!phases.copies.empty()) return "copy_bulk at " + at(phases.copies.front().site) + " is never waited for";
   }
   for (const Group& group : state.groups) {
-    if (group.done < group.products.size()) {
-      return "multiply_wide at " + at(group.products[group.done]->site) + " is never waited for";
+    for (const size_t done : group.done) {
+      if (done < group.products.size()) {
+        return "multiply_wide at " + at(group.products[done]->site) + " is not waited for by all warps";
+      }
     }
   }
   return "";
@@ -124,6 +133,9 @@ Phases& phases_of(Site site, const char* what, Mbarrier* barrier) {
   const auto found = current().phases.find(barrier);
   if (found == state.phases.end() || barrier->state != kMark) {
     fail(std::string(what) + " at " + at(site) + ": no mbarrier there, or overwritten");
+  }
+  if (found->second.maker != thread->index && found->second.made == meetings()) {
+    fail(std::string(what) + " at " + at(site) + ": no sync_threads since start_mbarrier");
   }
   return found->second;
 }
@@ -180,57 +192,61 @@ class Matrix {
   int64_t begin_, k_step_, row_step_;
 };
 
-// Rows by k of a left operand in registers.
-void read_registers(const Product& product, float (&a)[64][16]) {
-  for (int i = 0; i < kGroupThreads; i++) {
-    const Share& share = product.shares[i];
-    const int g = i % kWarp / 4, t = i % 4;
+// Rows by k of a warp's left operand in registers.
+void read_registers(const Product& product, int warp, float (&a)[16][16]) {
+  for (int i = 0; i < kWarp; i++) {
+    const Share& share = product.shares[warp * kWarp + i];
     for (int j = 0; j < 4; j++) {
-      if (share.a[j] != share.a_then[j])
+      if (share.a[j] != share.a_then[j]) {
         fail("multiply_wide at " + at(product.site) + ": a register changed before the wait");
+      }
       for (int half = 0; half < 2; half++) {
-        a[i / kWarp * 16 + g + j % 2 * 8][j / 2 * 8 + 2 * t + half] =
+        a[i / 4 + j % 2 * 8][j / 2 * 8 + i % 4 * 2 + half] =
             bfloat16_to_float(static_cast<uint16_t>(share.a[j] >> 16 * half));
       }
     }
   }
 }
 
-void carry_out(Product& product) {
+void carry_out(Product& product, int warp) {
   const WideOperands& operands = product.operands;
-  float a[64][16];
+  Share* shares = product.shares + warp * kWarp;
+  for (int i = 0; i < kWarp; i++) {
+    if (out_of_bounds(shares[i].d, static_cast<size_t>(operands.columns) * 2) ||
+        (shares[i].a && out_of_bounds(shares[i].a, 16))) {
+      fail("multiply_wide at " + at(product.site) + ": its registers are given up before the wait");
+    }
+  }
+  float a[16][16];
   if (operands.a) {
-    read_registers(product, a);
+    read_registers(product, warp, a);
   } else {
     const Matrix left(product, operands.left, !operands.left_by_rows, "left");
-    for (int row = 0; row < 64; row++) {
-      for (int k = 0; k < 16; k++) a[row][k] = left(row, k);
+    for (int row = 0; row < 16; row++) {
+      for (int k = 0; k < 16; k++) a[row][k] = left(16 * warp + row, k);
     }
   }
   const Matrix right(product, operands.right, !operands.right_by_columns, "right");
-  std::vector<float> b(static_cast<size_t>(operands.columns) * 16);
+  float b[256][16];
   for (int column = 0; column < operands.columns; column++) {
-    for (int k = 0; k < 16; k++) b[static_cast<size_t>(column * 16 + k)] = right(column, k);
+    for (int k = 0; k < 16; k++) b[column][k] = right(column, k);
   }
-  for (int i = 0; i < kGroupThreads; i++) {
-    Share& share = product.shares[i];
+  for (int i = 0; i < kWarp; i++) {
+    Share& share = shares[i];
     if (!share.start.empty()) std::copy(share.start.begin(), share.start.end(), share.d);
     for (int j = 0; j < operands.columns / 2; j++) {
-      const int row = i / kWarp * 16 + i % kWarp / 4 + j / 2 % 2 * 8, column = j / 4 * 8 + i % 4 * 2 + j % 2;
+      const int row = i / 4 + j / 2 % 2 * 8, column = j / 4 * 8 + i % 4 * 2 + j % 2;
       float sum = operands.add ? share.d[j] : 0.0f;
-      for (int k = 0; k < 16; k++) sum += a[row][k] * b[static_cast<size_t>(column * 16 + k)];
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[column][k];
       share.d[j] = sum;
     }
   }
-  product.done = true;
 }
 
-// Carries out products in their order, up to `end`, as far as all threads have come.
-void advance(Group& group, size_t end) {
-  while (group.done < end && group.products[group.done]->arrived == kGroupThreads) {
-    carry_out(*group.products[group.done]);
-    group.done++;
-  }
+// Carries out a warp's products in their order, up to `end`, as far as all its lanes have come.
+void advance(Group& group, int warp, size_t end) {
+  size_t& done = group.done[warp];
+  for (; done < end && group.products[done]->arrived[warp] == kWarp; done++) carry_out(*group.products[done], warp);
 }
 
 Group& group_of_thread(Site site) {
@@ -280,6 +296,8 @@ void start_mbarrier(Site site, Mbarrier* barrier, int arrivals) {
   Phases& phases = current().phases[barrier];
   phases = Phases{};
   phases.arrivals = phases.pending = arrivals;
+  phases.maker = thread->index;
+  phases.made = meetings();
   barrier->state = kMark;
 }
 
@@ -309,7 +327,7 @@ void copy_bulk(Site site, void* shared, const void* global, int bytes, Mbarrier*
   if (bytes <= 0 || bytes % 16 != 0) fail(here + std::to_string(bytes) + " bytes");
   need_shared(site, "copy_bulk", shared, static_cast<size_t>(bytes), 16);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail(here + "from an address that is not a multiple of 16");
-  if (__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(global), static_cast<size_t>(bytes))) {
+  if (out_of_bounds(global, static_cast<size_t>(bytes))) {
     fail(here + "of " + std::to_string(bytes) + " bytes, some of which are out of bounds");
   }
   std::memset(shared, 0xFF, static_cast<size_t>(bytes));
@@ -343,11 +361,11 @@ void multiply_wide(Site site, const WideOperands& operands) {
   share.a = operands.a;
   if (operands.a) std::copy(operands.a, operands.a + 4, share.a_then);
   bool pending = false;
-  for (size_t i = group.done; i < number; i++) pending |= group.products[i]->shares[me].d == operands.d;
+  for (size_t i = group.done[me / kWarp]; i < number; i++) pending |= group.products[i]->shares[me].d == operands.d;
   if (!pending) share.start.assign(operands.d, operands.d + operands.columns / 2);
   std::fill(operands.d, operands.d + operands.columns / 2, bits_float(0x7FC37FC3u));
-  if (++product.arrived == kGroupThreads) {
-    if (random_bits() & 1) advance(group, number + 1);
+  if (++product.arrived[me / kWarp] == kWarp) {
+    if (random_bits() & 1) advance(group, me / kWarp, number + 1);
     wake_all(group.waiting);
   }
 }
@@ -369,9 +387,9 @@ void wait_products(Site site, int pending) {
   group.begun[me] = false;
   if (groups <= pending) return;
   const size_t end = static_cast<size_t>(group.ends[me][static_cast<size_t>(groups - 1 - pending)]);
-  while (group.done < end) {
-    advance(group, end);
-    if (group.done >= end) break;
+  while (group.done[me / kWarp] < end) {
+    advance(group, me / kWarp, end);
+    if (group.done[me / kWarp] >= end) break;
     group.waiting.push_back(thread->index);
     park(site, "wait_products");
   }

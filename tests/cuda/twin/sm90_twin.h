@@ -1,9 +1,10 @@
 // The names of cuda/sm90.h for the host's compiler: products of warpgroups from the same descriptors, barriers in
 // shared memory, bulk copies.
 //
-// A product is carried out when its last thread has come, or only when one of them waits, by seed; until then its
-// accumulators are not numbers, and registers that change meanwhile are an error. It must find what it reads of
-// shared memory as fence_async or a bulk copy left it. Bulk copies land at once, or when somebody waits for them.
+// A product is carried out by each warp of its own, when its last lane has come, or only when one of them waits, by
+// seed; until then the accumulators are not numbers, and registers that change meanwhile are an error. It must find
+// what it reads of shared memory as fence_async or a bulk copy left it. Bulk copies land at once, or when somebody
+// waits for them.
 #pragma once
 
 #include "twin.h"

@@ -73,6 +73,7 @@ struct Scheduler {
   size_t shared_bytes = 0;
   std::string error;
   uint64_t turns = 0;                 // blocks that have run
+  uint64_t meetings = 0;              // of all threads of this one
   std::string (*at_end)() = nullptr;  // of this one
 };
 
@@ -346,6 +347,7 @@ void enter() {
 void run_block(int index) {
   block.index = index;
   scheduler.turns++;
+  scheduler.meetings = 0;
   scheduler.at_end = nullptr;
   pass_barrier();
   spoil(block.shared, scheduler.shared_bytes);
@@ -412,6 +414,8 @@ uint64_t random_bits() { return draw() >> 20; }
 
 uint64_t turn() { return scheduler.turns; }
 
+uint64_t meetings() { return scheduler.meetings; }
+
 size_t shared_bytes() { return scheduler.shared_bytes; }
 
 void at_end(std::string (*check)()) { scheduler.at_end = check; }
@@ -440,6 +444,7 @@ void barrier(Site site) {
   warp.waiting |= 1u << me.lane;
   if (++scheduler.waiting < block.threads) return block_lane(me, warp);
   scheduler.waiting = 0;
+  scheduler.meetings++;
   pass_barrier();
   for (int i = 0; i < block.threads / kWarp; i++) {
     scheduler.warps[i].waiting = 0;

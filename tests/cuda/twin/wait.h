@@ -16,9 +16,10 @@ void wake(int index);
 bool passed_over(const char* kind, Site site);
 // Bits drawn by seed.
 uint64_t random_bits();
-// Of the block that runs: a number of its own, its bytes of shared memory, and what to ask for a fault when all its
-// threads have returned.
+// Of the block that runs: a number of its own, how many times its threads have all met at sync_threads, its bytes of
+// shared memory, and what to ask for a fault when all its threads have returned.
 uint64_t turn();
+uint64_t meetings();
 size_t shared_bytes();
 void at_end(std::string (*check)());
 
