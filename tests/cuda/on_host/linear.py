@@ -113,7 +113,7 @@ def test_widest(twin: Any, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [18, 36, 72, 96, 144, 288])
 def test_cards_with_little_shared_memory(twin: Any, width: int, dtype: torch.dtype) -> None:
-    case = Case("pairs", Schedule.cross_task(3), (150, 20, 7), (150, 20, 7), width, batch=1)
+    case = Case("pairs", Schedule.cross_task(3), (70, 20, 7), (70, 20, 7), width, batch=1)
     inputs = flat(case.tensors(dtype))
     results = results_of(case, inputs)
     twin.twin_configure(seed=1, processors=3, shared_bytes=SMALL_CARD)
