@@ -1,8 +1,8 @@
 """Tests of the CUDA engine on the CPU, in processes that `test_on_host.py` starts.
 
 The module that stands for ``xattn_kernels._cuda`` has the same kernels, compiled for the host, and
-takes tensors of the CPU (tests/cuda/twin). What it cannot show: speed, what nvcc makes of the
-sources, and the path of its own for sm_90a.
+takes tensors of the CPU (tests/cuda/twin). What it cannot show: speed, and what nvcc makes of the
+sources.
 """
 
 from __future__ import annotations
