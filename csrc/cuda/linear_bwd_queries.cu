@@ -458,17 +458,17 @@ void start(const QueryGradients& problem, const Table& table, const Operands& op
   launch(prepare_kernel<P>, "linear_prepare", prepare.works, kPrepareThreads, 0, stream, prepare);
 
   const Limits device = limits();
-  Arguments args{table, problem, operands, 0, 0, 0, choose_geometry<P>(problem, 4, device.shared_bytes)};
-  // A few tokens at a time where channels are few, for more warps, and where a card has no room for more.
-  const bool narrow = args.geometry.row_warps == 1, few = narrow || args.geometry.shared > device.shared_bytes;
-  if (few) args.geometry = choose_geometry<P>(problem, 2, device.shared_bytes);
+  // A few tokens at a time where channels are few, for more warps, and of float, which takes twice the room.
+  constexpr int kWide = sizeof(typename P::Element) == 2 ? 4 : 2;
+  const bool narrow = rows <= kRows;
+  const int columns = narrow ? 2 : kWide;
+  Arguments args{table, problem, operands, 0, 0, 0, choose_geometry<P>(problem, columns, device.shared_bytes)};
   const Geometry& g = args.geometry;
   args.run = chunk_tokens(problem.longest, problem.count * problem.batch, g.tokens, device.processors);
   args.runs = (problem.longest + args.run - 1) / args.run;
   args.works = args.runs * problem.batch * problem.count;
-  const auto kernel = narrow ? query_kernel<P, 2, true> : few ? query_kernel<P, 2, false> : query_kernel<P, 4, false>;
-  launch(kernel, "linear_query_gradients", args.works, g.tokens / (few ? 16 : 32) * g.row_warps * kWarp,
-         static_cast<size_t>(g.shared), stream, args);
+  launch(narrow ? query_kernel<P, 2, true> : query_kernel<P, kWide, false>, "linear_query_gradients", args.works,
+         g.tokens / (8 * columns) * g.row_warps * kWarp, static_cast<size_t>(g.shared), stream, args);
 }
 
 int64_t state_elements(const QueryGradients& problem) {
