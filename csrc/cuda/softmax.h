@@ -66,7 +66,7 @@ struct Matrix {
 };
 
 // A part of a matrix on its way to shared memory: channels and tokens of it, and of the tile with its padding.
-struct Part {
+struct TilePart {
   int64_t token;
   int channel, channels, tokens, padded_channels, padded_tokens;
 };
@@ -74,7 +74,7 @@ struct Part {
 // As load_tile. kChannels: all padded channels if the compiler knows them, so that places are found without
 // divisions; then channel is 0, and padded_tokens are a power of two.
 template <int kChannels, class E>
-XATTN_DEVICE void load_part(const Matrix<E>& from, const Part& part, const Tile<E>& to) {
+XATTN_DEVICE void load_part(const Matrix<E>& from, const TilePart& part, const Tile<E>& to) {
   const View& view = from.view;
   const int present = view.data == nullptr ? 0 : part.tokens;
   const int bytes = from.access.bytes;

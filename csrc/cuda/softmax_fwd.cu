@@ -173,7 +173,7 @@ class Block {
       const Tile<E> to = i == 0   ? keys(number, step.key_minor)
                          : i == 1 ? values(number, step.value_minor)
                                   : queries(number, query_minor_);
-      Part part{token, channel, channels, step.tokens, padded_width(channels), kKeys};
+      TilePart part{token, channel, channels, step.tokens, padded_width(channels), kKeys};
       if (i == 1) {
         part.channel = 0;
         part.channels = values_;

@@ -20,8 +20,8 @@ FILES: dict[str, int] = {
     "pyramid.py": 251,
     "block.py": 225,
     "block_sm90.py": 90,
-    "softmax.py": 128,
-    "softmax_edges.py": 115,
+    "softmax.py": 134,
+    "softmax_edges.py": 118,
 }
 
 #: What runs once more where races of threads are errors: pytest's -k, and how many tests.

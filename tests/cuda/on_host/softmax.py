@@ -198,6 +198,24 @@ def test_large_scores(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [20, 36])
+def test_scores_far_from_zero(width: int, dtype: torch.dtype) -> None:
+    """Beyond the last token scores are 0, 300 more than those before it; they must not count."""
+    case = single("far", 21, 37, channels=width)
+    for sign in (-1, 1):
+        query, key, value = flat(case.tensors(dtype))
+        query[:, 0], key[:, 0] = 32, sign * 64
+        inputs, size = [query, key, value], 1e-4 if dtype is torch.float32 else 2e-2
+        truths = truths_of(case, inputs, scale=0.15)
+        for i, result in enumerate(results_of(case, inputs, scale=0.15)):
+            if i < 2:
+                compare.check(f"result {i}", result, truths[i])
+            # The log-sum-exp, of which gradients are made, has few digits behind its point.
+            exact = truths[i].exact
+            assert (result.double() - exact).norm() <= size * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_key(dtype: torch.dtype) -> None:
     """Score 0, log-sum-exp 0, weight 1: values pass, and so do their gradients."""
     torch.manual_seed(0)

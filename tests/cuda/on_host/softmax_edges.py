@@ -197,18 +197,19 @@ def test_not_a_number(place: int, dtype: torch.dtype) -> None:
         assert torch.equal(x == float("inf"), expected)
 
 
+@pytest.mark.parametrize("channels", [3, 18])
 @pytest.mark.parametrize("stride", ["batch", "channel", "token"])
-def test_offsets_beyond_32_bits(stride: str) -> None:
-    """Elements 2^31 apart, in memory of which a few pages are ever touched."""
-    shape = (2, 3, 4)
-    step = (2**31 + 8) // {"batch": 1, "channel": 2, "token": 3}[stride]
-    strides = {"batch": (step, 4, 1), "channel": (4, step, 1), "token": (12, 4, step)}[stride]
+def test_offsets_beyond_32_bits(stride: str, channels: int) -> None:
+    """Elements 2^31 apart, in memory of which a few pages are ever touched; copied in vectors."""
+    shape = (2, channels, 4)
+    step = 2**31 // {"batch": 1, "channel": channels - 1, "token": 3}[stride] // 8 * 8 + 8
+    strides = {"batch": (step, 8, 1), "channel": (8, step, 1), "token": (24, 1, step)}[stride]
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     memory = mmap.mmap(-1, 2 * (2 * 2**31 + 4096), flags=flags)
     for dtype in (torch.float16, torch.bfloat16):
         numbers = torch.frombuffer(memory, dtype=dtype)
         inputs = [torch.randn(shape).to(dtype) for _ in range(4)]
-        far = [numbers.as_strided(shape, strides, 64 * i).copy_(x) for i, x in enumerate(inputs)]
+        far = [numbers.as_strided(shape, strides, 256 * i).copy_(x) for i, x in enumerate(inputs)]
         found = []
         for *slots, grad in (inputs, far):
             leaves = [x.detach().requires_grad_() for x in slots]
