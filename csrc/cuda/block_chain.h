@@ -13,18 +13,21 @@
 
 namespace xattn::cuda {
 
-// kWidth: channels that kernels have room for, a multiple of 8; kFrom: from how many on they are used; kExact:
-// whether loops run over kWidth whatever the channels are. Else rows of weights are left out by 16 and columns by 64,
-// as every end of a loop that is unrolled costs branches, and registers where they meet.
-template <int kWidth_, int kFrom_, int kTokens_, bool kExact_>
+// What loops over channels do where a call has fewer than its kernel: run over all of them; leave out rows of weights,
+// by tiles of 16; rows, and columns by 64. Every end of a loop that is unrolled costs branches, and registers where
+// they meet.
+enum class Loops { kWhole, kRowsCut, kCut };
+
+// kWidth: channels that a kernel has room for, a multiple of 8; kFrom: from how many on it is used.
+template <int kWidth_, int kFrom_, int kTokens_, Loops kLoops_>
 struct Shape {
   static constexpr int kWidth = kWidth_, kFrom = kFrom_, kTokens = kTokens_;
-  static constexpr bool kExact = kExact_;
+  static constexpr Loops kLoops = kLoops_;
   static constexpr int kTiles = (kWidth + 15) / 16, kHalves = kWidth / 8, kPadded = 16 * kTiles;
   static constexpr int kBlocks = kTokens / 16;
   // Half a tile of channels is left: biases are columns of matrices there, and features one.
   static constexpr bool kFolded = kWidth % 16 == 8;
-  static_assert(kExact || kWidth % 16 == 0, "tiles of 16 channels are left out, not halves of them");
+  static_assert(kLoops == Loops::kWhole || kWidth % 16 == 0, "tiles of 16 channels are left out, not halves of them");
 };
 
 // Channels of a call: how many, and rounded up to whole tiles of 16.
@@ -34,12 +37,12 @@ struct Channels {
 // Tiles of 16 rows of weights, and of 16 columns.
 template <class S>
 XATTN_DEVICE int tiles(const Channels& channels) {
-  return S::kExact ? S::kTiles : opaque(channels.padded) / 16;
+  return S::kLoops == Loops::kWhole ? S::kTiles : opaque(channels.padded) / 16;
 }
 constexpr int kGrain = 4;
 template <class S>
 XATTN_BOTH int deep_tiles(int padded) {
-  return S::kExact ? S::kTiles : (padded / 16 + kGrain - 1) / kGrain * kGrain;
+  return S::kLoops != Loops::kCut ? S::kTiles : (padded / 16 + kGrain - 1) / kGrain * kGrain;
 }
 
 // body(k) for all tiles of columns.
@@ -47,7 +50,7 @@ template <class S, class Body>
 XATTN_DEVICE void for_columns(const Channels& channels, const Body& body) {
   XATTN_UNROLL
   for (int first = 0; first < S::kTiles; first += kGrain) {
-    if (!S::kExact && first >= deep_tiles<S>(opaque(channels.padded))) continue;
+    if (S::kLoops == Loops::kCut && first >= deep_tiles<S>(opaque(channels.padded))) continue;
     XATTN_UNROLL
     for (int k = first; k < first + kGrain && k < S::kTiles; ++k) body(k);
   }
@@ -102,13 +105,14 @@ XATTN_DEVICE void turn(Fragments<S>& x) {
 }
 
 // sums += x W^T, of a row of tiles of W at `w` (weight_offset added). half: with tokens as rows, only 8 channels of it.
-template <bool kColumns, Order kOrder = Order::kLeft, class S>
+template <bool kColumns, Order kOrder, bool kRolled, class S>
 XATTN_DEVICE void multiply(Sums<S>& sums, const Fragments<S>& x, const BFloat16* w, const Channels& channels,
                            bool half = false) {
   static_assert(kColumns || kOrder == Order::kLeft, "tokens as rows are a left operand");
   constexpr int kHigh = kOrder == Order::kLeft ? 2 : 1, kNext = kOrder == Order::kLeft ? 1 : 2;
-  // Of few tokens, two sums at a time: products that wait for each other keep the tensor cores waiting.
-  constexpr int kParts = S::kBlocks == 1 && S::kExact ? 2 : 1;
+  // Of few tokens, in a loop that is not unrolled, two sums at a time: products that wait for each other keep the
+  // tensor cores waiting.
+  constexpr int kParts = S::kBlocks == 1 && kRolled ? 2 : 1;
   Sums<S> odd{};
   for_columns<S>(channels, [&](int k) {
     uint32_t a[4];
@@ -209,7 +213,7 @@ XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channe
   const int offset = weight_offset<false>(16 * deep_tiles<S>(channels.padded));
   XATTN_UNROLL
   for (int j = 0; j < S::kTiles; ++j) {
-    if (!S::kExact && j >= tiles<S>(channels)) {
+    if (S::kLoops != Loops::kWhole && j >= tiles<S>(channels)) {
       XATTN_UNROLL
       for (int i = 0; i < S::kBlocks; ++i) {
         XATTN_UNROLL
@@ -219,7 +223,7 @@ XATTN_DEVICE void project(const Fragments<S>& x, const float* bias, const Channe
     }
     Sums<S> sums;
     begin_with<false>(sums, bias + 16 * j);
-    multiply<false>(sums, x, rows(j) + offset, channels, 16 * j + 8 >= S::kWidth);
+    multiply<false, Order::kLeft, false>(sums, x, rows(j) + offset, channels, 16 * j + 8 >= S::kWidth);
     activate<kActivation>(sums, j, channels, kActivation == Activation::kRelu ? ones() : 0u, to);
   }
 }

@@ -112,7 +112,6 @@ projection_kernel(XATTN_PARAMETER Arguments<BlockSources> args) {
     t.project(kKey1, x, hidden, [](float y) { return Tiles<P>::relu(y); });
     t.project(kKey2, hidden, result, [](float y) { return softplus<true>(y); });
     store_tile(args.table.view(args.problem.keys, t.pair), how, place, result);
-    sync_threads();
   }
 }
 

@@ -43,29 +43,24 @@ class Block {
     const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
     MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels_, 3, uses, source);
     copy_biases(bias(0), problem_.packed.biases + (set + kKey1) * padded, padded, 3);
-    // The first round only loads.
+    load(0);
+    matrices.begin(0);
+    wait_copies<0>();
+    sync_threads();
+    // Barriers of the stream come between all that reads a slab and all that writes it.
     XATTN_KEEP_LOOP
-    for (int number = -1; number * args_.geometry.tile < count_; ++number) {
+    for (int number = 0; number * args_.geometry.tile < count_; ++number) {
       Fragments<S> h;
-      if (number >= 0) {
-        sync_warp();
+      {
         Fragments<S> x;
         load_fragments<Order::kLeft>(slab(), channels_, x);
         emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
         project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(1, j); }, h);
-        sync_warp();
       }
       load(number + 1);
-      if (number < 0) {
-        matrices.begin(0);
-        wait_copies<0>();
-        sync_threads();
-        continue;
-      }
       commit_copies();
       emit<Activation::kSoftplus>(h, bias(1), problem_.keys, number, matrices);
     }
-    wait_copies<0>();
     sync_threads();
   }
 
@@ -83,12 +78,14 @@ class Block {
     return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * pair()]);
   }
 
-  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
+  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + opaque(warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = count_ - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
-  XATTN_DEVICE char* memory() const { return shared_memory() + args_.geometry.slabs + warp() * Plan::kWarpBytes; }
+  XATTN_DEVICE char* memory() const {
+    return shared_memory() + args_.geometry.slabs + opaque(warp()) * Plan::kWarpBytes;
+  }
   XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
   XATTN_DEVICE float* bias(int matrix) const {
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * channels_.padded;
@@ -96,7 +93,7 @@ class Block {
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
         x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kExact ? S::kWidth : 16 * deep_tiles<S>(channels_.padded), slab());
+        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels_.padded) : S::kWidth, slab());
   }
 
   // activation(W x + b) of a tile to where the table has the pair's keys or values.
@@ -151,13 +148,15 @@ void start_chain_projections(const BlockSources& sources, const Table& table, St
   const Arguments args{table, sources, {}, 0, 0, 0};
   const int64_t padded = padded_channels(sources.channels);
   if (padded == 144)
-    start<ChainPlan<Shape<144, 129, 32, true>, 256, 1, 3>>(args, stream);
+    start<ChainPlan<Shape<144, 129, 32, Loops::kWhole>, 256, 1, 3>>(args, stream);
   else if (padded <= 192)
-    start<ChainPlan<Shape<192, 1, 16, false>, 256, 1, 3>>(args, stream);
+    start<ChainPlan<Shape<192, 1, 16, Loops::kCut>, 256, 1, 3>>(args, stream);
+  else if (padded <= 256)
+    start<ChainPlan<Shape<256, 193, 16, Loops::kRowsCut>, 256, 1, 2>>(args, stream);
   else if (padded == 288)
-    start<ChainPlan<Shape<288, 273, 16, true>, 256, 1, 2>>(args, stream);
+    start<ChainPlan<Shape<288, 273, 16, Loops::kWhole>, 256, 1, 2>>(args, stream);
   else
-    start<ChainPlan<Shape<384, 1, 16, false>, 256, 1, 2>>(args, stream);
+    start<ChainPlan<Shape<384, 257, 16, Loops::kRowsCut>, 256, 1, 2>>(args, stream);
 }
 
 }  // namespace xattn::cuda

@@ -32,16 +32,17 @@ struct alignas(4 * kSize) Words {
 // Warps by rows, columns and tokens of S; kShare: whether they exchange keys and values.
 template <int kWidth, int kFrom, int kWarps_, int kResident_, bool kShare_, int kRowGroups_, int kColumnGroups_>
 struct Plan {
-  using S = Shape<kWidth, kFrom, 32, true>;
+  using S = Shape<kWidth, kFrom, 32, Loops::kWhole>;
   static constexpr int kWarps = kWarps_, kResident = kResident_, kThreads = kWarp * kWarps;
   static constexpr bool kShare = kShare_;
   static constexpr int kRowGroups = kRowGroups_, kColumnGroups = kColumnGroups_;
   static constexpr int kRows = (S::kTiles + kRowGroups - 1) / kRowGroups;
   static constexpr int kColumns = (S::kHalves + kColumnGroups - 1) / kColumnGroups;
   static constexpr int kTile = kWarps * S::kTokens;
-  // Bytes: matrices, biases, features of a warp, keys and values of a warp; sums, where features were.
+  // Bytes: matrices, biases, where features are, features of a warp, keys and values of a warp; sums, where features
+  // were.
   static constexpr int kMatrix = S::kPadded * S::kPadded * 2;
-  static constexpr int kBiases = 3 * kMatrix, kSlabs = kBiases + 3 * S::kPadded * 4;
+  static constexpr int kBiases = 3 * kMatrix, kRun = kBiases + 3 * S::kPadded * 4, kSlabs = kRun + 32;
   static constexpr int kSlab = Slab<S::kTokens>::bytes(S::kWidth);
   static constexpr int kValueWords = S::kBlocks * S::kTiles * 128, kKeyWords = S::kBlocks * S::kHalves * 64;
   static constexpr int kExchange = kShare ? 4 * (kValueWords + kKeyWords) : 0;
@@ -53,6 +54,12 @@ struct Plan {
   static_assert(kSlabs % 16 == 0 && kSlab % 16 == 0, "rows of operands begin at multiples of 16 bytes");
 };
 
+// A chunk's tokens.
+struct Tokens {
+  Run run;
+  int count;
+};
+
 template <class Plan>
 class Block {
  public:
@@ -62,35 +69,38 @@ class Block {
   XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), work_(work) {
     const View x = view();
     const int64_t left = x.tokens - begin();
-    count_ = static_cast<int>(left < args.chunk ? left : args.chunk);
-    x_ = run_of(x, batch(), begin());
+    const int count = static_cast<int>(left < args.chunk ? left : args.chunk);
+    empty_ = count <= 0;
+    if (thread_index() == 0) tokens_of_chunk() = {run_of(x, batch(), begin()), count};
     channels_ = {static_cast<int>(args.channels), S::kPadded};
   }
 
-  XATTN_DEVICE void run() {
-    if (count_ <= 0) return;
+  XATTN_DEVICE void sum() {
+    if (empty_) return;
     load_weights();
+    sync_threads();
     clear();
-    // The first rounds only load; of warps that share nothing, each ends with its last token.
     XATTN_KEEP_LOOP
-    for (int number = -slabs(); number * Plan::kTile < count_; ++number) {
-      if (!Plan::kShare && number >= 0 && token(number) >= count_) break;
-      if (number >= 0) {
-        if (slabs() == 2)
-          wait_copies<1>();
-        else
-          wait_copies<0>();
-        sync_warp();
-        project_tile(slab(number), tokens(number));
-        sync_warp();
-      }
+    for (int number = 0; number < slabs(); ++number) {
+      load(number);
+      commit_copies();
+    }
+    wait_copies<0>();
+    sync_threads();
+    // Of warps that share nothing, each ends with its last token.
+    XATTN_KEEP_LOOP
+    for (int number = 0; number * Plan::kTile < tokens_of_chunk().count; ++number) {
+      if (!Plan::kShare && token(number) >= tokens_of_chunk().count) break;
+      if (slabs() == 2)
+        wait_copies<1>();
+      else
+        wait_copies<0>();
+      sync_warp();
+      project_tile(slab(number), tokens(number));
+      sync_warp();
       load(number + slabs());
       commit_copies();
-      if (number == -1) {
-        wait_copies<0>();
-        sync_threads();
-      }
-      if (Plan::kShare && number >= 0) {
+      if (Plan::kShare) {
         sync_threads();
         add_shared();
         sync_threads();
@@ -113,16 +123,18 @@ class Block {
   XATTN_DEVICE int64_t begin() const { return chunk() * args_.chunk; }
   XATTN_DEVICE View view() const { return args_.table.view(args_.features, args_.table[args_.list + 2 * pair()]); }
 
-  XATTN_DEVICE int token(int number) const { return (number * Plan::kWarps + warp()) * kTokens; }
+  XATTN_DEVICE int token(int number) const { return (number * Plan::kWarps + opaque(warp())) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int left = count_ - token(number);
+    const int left = tokens_of_chunk().count - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
+  // In shared memory: registers are for what products need.
+  static XATTN_DEVICE Tokens& tokens_of_chunk() { return *reinterpret_cast<Tokens*>(shared_memory() + Plan::kRun); }
   XATTN_DEVICE int slabs() const { return Plan::kShare ? args_.slabs : 2; }
   XATTN_DEVICE Slab<kTokens> slab(int number) const {
     const int place =
-        Plan::kSlabs + warp() * Plan::kSlab + (slabs() == 2 ? number % 2 * (Plan::kWarps * Plan::kSlab) : 0);
-    return Slab<kTokens>::make(shared_memory() + place, S::kWidth, x_.token_minor);
+        Plan::kSlabs + opaque(warp()) * Plan::kSlab + (slabs() == 2 ? number % 2 * (Plan::kWarps * Plan::kSlab) : 0);
+    return Slab<kTokens>::make(shared_memory() + place, S::kWidth, tokens_of_chunk().run.token_minor);
   }
   XATTN_DEVICE const BFloat16* rows(int matrix, int tile) const {
     return reinterpret_cast<const BFloat16*>(shared_memory()) + (matrix * S::kPadded + 16 * tile) * S::kPadded;
@@ -148,8 +160,8 @@ class Block {
 
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kWidth, slab(number));
+        tokens_of_chunk().run, [this] { return Whole{view(), batch(), begin()}; },
+        {token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab(number));
   }
 
   XATTN_DEVICE void clear() {
@@ -202,7 +214,7 @@ class Block {
     const int t = lane() % 4;
     Sums<S> sums;
     begin_with<true>(sums, bias(1) + 16 * m);
-    multiply<true>(sums, h, rows(1, m) + weight_offset<true>(S::kPadded), channels_);
+    multiply<true, Order::kLeft, false>(sums, h, rows(1, m) + weight_offset<true>(S::kPadded), channels_);
     XATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int n = 2 * m + r;
@@ -219,7 +231,7 @@ class Block {
           if (!S::kFolded) z_[m][r] += low + high;
           key[i][n][half] = pack_bfloat16(low, high);
         }
-        if constexpr (Plan::kShare) *keys(warp(), i, n) = {{key[i][n][0], key[i][n][1]}};
+        if constexpr (Plan::kShare) *keys(opaque(warp()), i, n) = {{key[i][n][0], key[i][n][1]}};
       }
     }
   }
@@ -229,7 +241,7 @@ class Block {
                                 const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
     Sums<S> sums;
     begin_with<true>(sums, bias(2) + 16 * m);
-    multiply<true, Order::kRight>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
+    multiply<true, Order::kRight, false>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
       uint32_t value[4];
@@ -244,7 +256,7 @@ class Block {
         }
       }
       if constexpr (Plan::kShare) {
-        *values(warp(), i, m) = {{value[0], value[1], value[2], value[3]}};
+        *values(opaque(warp()), i, m) = {{value[0], value[1], value[2], value[3]}};
       } else {
         XATTN_UNROLL
         for (int n = 0; n < S::kHalves; ++n) multiply_bfloat16(sum_[m][n], value, key[i][n]);
@@ -252,35 +264,41 @@ class Block {
     }
   }
 
-  static XATTN_DEVICE int first_row() { return Plan::kShare ? warp() % Plan::kRowGroups * Plan::kRows : 0; }
-  static XATTN_DEVICE int first_column() {
-    return Plan::kShare ? warp() / Plan::kRowGroups % Plan::kColumnGroups * Plan::kColumns : 0;
+  // Which part of S a warp has. Every other group of warps counts from the end: of parts that are not of one size,
+  // a large and a small one then meet on the same quarter of a processor.
+  static XATTN_DEVICE int part() {
+    constexpr int kParts = Plan::kRowGroups * Plan::kColumnGroups;
+    const int number = opaque(warp()) % kParts;
+    return opaque(warp()) / kParts % 2 == 0 ? number : kParts - 1 - number;
   }
+  static XATTN_DEVICE int first_row() { return Plan::kShare ? part() % Plan::kRowGroups * Plan::kRows : 0; }
+  static XATTN_DEVICE int first_column() { return Plan::kShare ? part() / Plan::kRowGroups * Plan::kColumns : 0; }
   static XATTN_DEVICE int token_group() {
-    return Plan::kShare ? warp() / (Plan::kRowGroups * Plan::kColumnGroups) : warp();
+    return Plan::kShare ? opaque(warp()) / (Plan::kRowGroups * Plan::kColumnGroups) : warp();
   }
 
   // This warp's rows and columns of S, of the tokens of its group of warps.
   XATTN_DEVICE void add_shared() {
     constexpr int kPer = Plan::kRowGroups * Plan::kColumnGroups;  // warps of a group
+    const int row = first_row(), column = first_column(), group = token_group();
     XATTN_KEEP_LOOP
     for (int j = 0; j < kPer * S::kBlocks; ++j) {
-      const int from = token_group() * kPer + j / S::kBlocks, i = j % S::kBlocks;
+      const int from = group * kPer + j / S::kBlocks, i = j % S::kBlocks;
       uint32_t key[Plan::kColumns][2];
       XATTN_UNROLL
       for (int n = 0; n < Plan::kColumns; ++n) {
-        if (first_column() + n >= S::kHalves) continue;
-        const Words<2> words = *keys(from, i, first_column() + n);
+        if (column + n >= S::kHalves) continue;
+        const Words<2> words = *keys(from, i, column + n);
         key[n][0] = words.v[0];
         key[n][1] = words.v[1];
       }
       XATTN_UNROLL
       for (int m = 0; m < Plan::kRows; ++m) {
-        if (first_row() + m >= S::kTiles) continue;
-        const Words<4> value = *values(from, i, first_row() + m);
+        if (row + m >= S::kTiles) continue;
+        const Words<4> value = *values(from, i, row + m);
         XATTN_UNROLL
         for (int n = 0; n < Plan::kColumns; ++n) {
-          if (first_column() + n >= S::kHalves) continue;
+          if (column + n >= S::kHalves) continue;
           multiply_bfloat16(sum_[m][n], value.v, key[n]);
         }
       }
@@ -320,16 +338,16 @@ class Block {
   }
 
   XATTN_DEVICE void add_sums(float* sums, bool first) const {
-    const int g = lane() / 4, t = lane() % 4;
+    const int g = lane() / 4, t = lane() % 4, first_m = first_row(), first_n = first_column();
     XATTN_UNROLL
     for (int m = 0; m < Plan::kRows; ++m) {
-      if (first_row() + m >= S::kTiles) continue;
+      if (first_m + m >= S::kTiles) continue;
       XATTN_UNROLL
       for (int n = 0; n < Plan::kColumns; ++n) {
-        if (first_column() + n >= S::kHalves) continue;
+        if (first_n + n >= S::kHalves) continue;
         XATTN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          const int row = 16 * (first_row() + m) + g + e / 2 * 8, column = 8 * (first_column() + n) + 2 * t + e % 2;
+          const int row = 16 * (first_m + m) + g + e / 2 * 8, column = 8 * (first_n + n) + 2 * t + e % 2;
           float& to = sums[row * Plan::kSumRow + column];
           to = first ? sum_[m][n][e] : to + sum_[m][n][e];
         }
@@ -338,8 +356,8 @@ class Block {
   }
 
   const Arguments& args_;
-  Run x_;
-  int work_, count_;  // tokens of the chunk
+  bool empty_;
+  int work_;
   Channels channels_;
   float sum_[Plan::kRows][Plan::kColumns][4];
   float z_[S::kTiles][2];
@@ -349,7 +367,7 @@ template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 source_kernel(XATTN_PARAMETER Arguments args) {
   XATTN_KEEP_LOOP
-  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).run();
+  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).sum();
 }
 
 struct Kernel {
@@ -371,8 +389,8 @@ struct Choice {
 Choice choose(int64_t channels) {
   static const Kernel kKernels[] = {
       kernel_of<Plan<24, 1, 4, 3, false, 1, 1>>(),  kernel_of<Plan<40, 25, 4, 3, false, 1, 1>>(),
-      kernel_of<Plan<48, 41, 4, 2, false, 1, 1>>(), kernel_of<Plan<72, 49, 8, 1, true, 1, 2>>(),
-      kernel_of<Plan<96, 73, 8, 1, true, 2, 2>>(),
+      kernel_of<Plan<48, 41, 4, 2, false, 1, 1>>(), kernel_of<Plan<72, 49, 8, 1, true, 2, 2>>(),
+      kernel_of<Plan<96, 73, 8, 1, true, 2, 4>>(),
   };
   for (const Kernel& kernel : kKernels) {
     if (kernel.width < channels) continue;

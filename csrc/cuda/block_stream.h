@@ -121,7 +121,7 @@ class MatrixStream {
       for (int r = opaque(warp()); r < rows; r += warp_count()) {
         XATTN_KEEP_LOOP
         for (int i = opaque(lane()); i < deep(); i += kWarp) {
-          const bool valid = S::kExact || i < channels_.padded;
+          const bool valid = S::kLoops == Loops::kWhole || i < channels_.padded;
           copy_async<16>(to + 16 * (r * deep() + i), valid ? from_ + 16 * (r * channels_.padded + i) : from_,
                          valid ? 16 : 0);
         }
@@ -180,7 +180,7 @@ XATTN_DEVICE void gather(const Fragments<typename Plan::S>& x, const Channels& c
     const int first = m / Plan::kGather * Plan::kGather, at = 16 * (m - first);
     Sums<S> sums;
     begin(sums, m);
-    multiply<kColumns, kOrder>(sums, x, row(m) + offset, channels);
+    multiply<kColumns, kOrder, true>(sums, x, row(m) + offset, channels);
     XATTN_UNROLL
     for (int h = 0; h < 2; ++h) {
       XATTN_UNROLL

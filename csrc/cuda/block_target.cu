@@ -51,26 +51,27 @@ class Block {
       copy_biases(bias(0), problem_.packed.biases + set_ * channels_.padded, channels_.padded, 2);
     else
       copy_projections<S>(shared_memory(), bias(0), problem_.packed, set_, 2, channels_.padded);
-    // The first round only loads; without a stream to keep up with, a warp ends with its last token.
+    load(0);
+    matrices.begin(2);
+    wait_copies<0>();
+    sync_threads();
+    // Without a stream to keep up with, a warp ends with its last token. With one, its barriers come between all that
+    // reads a slab and all that writes it.
     XATTN_KEEP_LOOP
-    for (int number = -1; number * args_.geometry.tile < count_; ++number) {
-      if (!Plan::kStream && number >= 0 && token(number) >= count_) break;
+    for (int number = 0; number * args_.geometry.tile < count_; ++number) {
+      if (!Plan::kStream && token(number) >= count_) break;
       Fragments<S> h;
-      if (number >= 0) {
-        if constexpr (!Plan::kStream) wait_copies<0>();
-        sync_warp();
+      {
+        if constexpr (!Plan::kStream) {
+          wait_copies<0>();
+          sync_warp();
+        }
         Fragments<S> x;
         load_fragments<Order::kLeft>(slab(), channels_, x);
         project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(0, j); }, h);
-        sync_warp();
+        if constexpr (!Plan::kStream) sync_warp();
       }
       load(number + 1);
-      if (number < 0) {
-        matrices.begin(2);
-        wait_copies<0>();
-        sync_threads();
-        continue;
-      }
       commit_copies();
       attend(number, h, matrices);
     }
@@ -89,12 +90,14 @@ class Block {
     return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * target()]);
   }
 
-  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + warp() * kTokens; }
+  XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + opaque(warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = count_ - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
-  XATTN_DEVICE char* memory() const { return shared_memory() + args_.geometry.slabs + warp() * Plan::kWarpBytes; }
+  XATTN_DEVICE char* memory() const {
+    return shared_memory() + args_.geometry.slabs + opaque(warp()) * Plan::kWarpBytes;
+  }
   XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
   XATTN_DEVICE float* bias(int matrix) const {
     const int padded = Plan::kStream ? channels_.padded : S::kPadded;
@@ -106,7 +109,7 @@ class Block {
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
         x_, [this] { return Whole{view(), batch_, begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kExact ? S::kWidth : 16 * deep_tiles<S>(channels_.padded), slab());
+        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels_.padded) : S::kWidth, slab());
   }
 
   template <class Matrices>
@@ -172,7 +175,7 @@ class Block {
     for (int b = 0; b < S::kBlocks; ++b) factor[b][0] = factor[b][1] = 0.0f;
     XATTN_UNROLL
     for (int k = 0; k < S::kTiles; ++k) {
-      if ((!S::kExact || 16 * k + 16 > S::kFrom) && 16 * k >= channels_.padded) continue;
+      if (16 * k + 16 > S::kFrom && 16 * k >= opaque(channels_.padded)) continue;
       XATTN_UNROLL
       for (int h = 0; h < 2; ++h) {
         if (16 * k + 8 * h >= S::kWidth) continue;
@@ -216,33 +219,34 @@ target_kernel(XATTN_PARAMETER Arguments args) {
 }
 
 struct Kernel {
-  int width;
-  bool exact, stream;  // exact streams are for channels of just that many tiles
+  int width, from;  // channels that it is for
+  bool stream;
   ChainGeometry (*geometry)(int padded, int matrices, int limit);
   void (*start)(Arguments);
 };
 template <class Plan>
 constexpr Kernel kernel_of() {
-  return {Plan::S::kWidth, Plan::S::kExact, Plan::kStream, chain_geometry<Plan>, target_kernel<Plan>};
+  return {Plan::S::kWidth, Plan::S::kFrom, Plan::kStream, chain_geometry<Plan>, target_kernel<Plan>};
 }
 
 const Kernel& choose(int64_t channels) {
   static const Kernel kKernels[] = {
-      kernel_of<ChainPlan<Shape<24, 1, 32, true>, 128, 4, 0>>(),
-      kernel_of<ChainPlan<Shape<40, 25, 32, true>, 128, 4, 0>>(),
-      kernel_of<ChainPlan<Shape<48, 41, 32, true>, 128, 3, 0>>(),
-      kernel_of<ChainPlan<Shape<72, 49, 32, true>, 384, 1, 0>>(),
-      kernel_of<ChainPlan<Shape<96, 73, 32, true>, 256, 1, 0>>(),
-      kernel_of<ChainPlan<Shape<144, 129, 32, true>, 256, 1, 3>>(),
-      kernel_of<ChainPlan<Shape<192, 1, 16, false>, 256, 1, 3>>(),
-      kernel_of<ChainPlan<Shape<288, 273, 16, true>, 256, 1, 2>>(),
-      kernel_of<ChainPlan<Shape<384, 1, 16, false>, 256, 1, 2>>(),
+      kernel_of<ChainPlan<Shape<24, 1, 32, Loops::kWhole>, 128, 4, 0>>(),
+      kernel_of<ChainPlan<Shape<40, 25, 32, Loops::kWhole>, 128, 4, 0>>(),
+      kernel_of<ChainPlan<Shape<48, 41, 32, Loops::kWhole>, 128, 3, 0>>(),
+      kernel_of<ChainPlan<Shape<72, 49, 32, Loops::kWhole>, 384, 1, 0>>(),
+      kernel_of<ChainPlan<Shape<96, 73, 32, Loops::kWhole>, 256, 1, 0>>(),
+      kernel_of<ChainPlan<Shape<144, 129, 32, Loops::kWhole>, 256, 1, 3>>(),
+      kernel_of<ChainPlan<Shape<192, 1, 16, Loops::kCut>, 256, 1, 3>>(),
+      kernel_of<ChainPlan<Shape<256, 193, 16, Loops::kRowsCut>, 256, 1, 2>>(),
+      kernel_of<ChainPlan<Shape<288, 273, 16, Loops::kWhole>, 256, 1, 2>>(),
+      kernel_of<ChainPlan<Shape<384, 257, 16, Loops::kRowsCut>, 256, 1, 2>>(),
   };
   const int64_t padded = padded_channels(channels);
   const Kernel* last = nullptr;
   for (const Kernel& kernel : kKernels) {
     last = &kernel;
-    if (channels > kernel.width || (kernel.stream && kernel.exact && padded != kernel.width)) continue;
+    if (channels > kernel.width || channels < kernel.from) continue;
     // What is kept must leave room for the tokens of a few warps.
     if (!kernel.stream && kernel.geometry(static_cast<int>(padded), 3, limits().shared_bytes).threads < 128) continue;
     return kernel;
