@@ -8,6 +8,7 @@ for both sides of a ratio, but where a promise is about eager calls. The L2 cach
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,30 @@ def cam(report: Report, device: str, _: str) -> None:
     seconds = sum(_cross_scale(number) for number in SCALES[:-1])
     report.add(scale="CSAM", fused_ms=1e3 * seconds)
     report.bar("CSAM CAM set, share of the 78 us memory floor", 100 * CSAM_FLOOR_S / seconds)
+
+
+@torch.no_grad()
+def sm90a(report: Report, device: str, _: str) -> None:
+    """The block by warpgroup products, which XATTN_CUDA_SM90A=1 asks for, and without them."""
+
+    def asked(value: str, run: Call) -> Call:
+        def call() -> None:
+            os.environ["XATTN_CUDA_SM90A"] = value
+            run()
+
+        return call
+
+    for number in SCALES:
+        calls = {}
+        for name, value in (("mma", "0"), ("wgmma", "1")):
+            os.environ["XATTN_CUDA_SM90A"] = value  # checked the way it is timed
+            calls[name] = asked(value, block_calls(Scale(number))[0])
+        found = best(calls)
+        report.add(
+            scale=str(Scale(number)),
+            **{f"{name} ms": 1e3 * seconds for name, seconds in found.items()},
+            ratio=found["mma"] / found["wgmma"],
+        )
 
 
 def _cross_scale(target: int) -> float:

@@ -82,6 +82,7 @@ def stages(engine: str = "all") -> list[list[Step]]:
     found += [[step] for steps in measured for step in steps[:4]]
     if "cuda" in chosen:
         found.append(_sanitizers("cuda"))
+        found += [[step] for step in _sm90a()]
     found.append([Step("engines", "engines", limit_s=110.0, engine=chosen[0])])
     found += [[step] for steps in measured for step in steps[4:]]
     if "triton" in chosen:
@@ -143,6 +144,16 @@ def _sanitizers(engine: str) -> list[Step]:
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         )
         for tool in SANITIZERS
+    ]
+
+
+def _sm90a() -> list[Step]:
+    """The block's kernels for sm_90a alone, which nobody uses who does not ask for them."""
+    asked = (("XATTN_CUDA_SM90A", "1"),)
+    correct = Step("cuda_correct_block_sm90a", "correct_block", "bfloat16", 60.0, engine="cuda")
+    return [
+        correct._replace(environment=asked),
+        Step("cuda_bench_sm90a", "sm90a", limit_s=40.0, engine="cuda"),
     ]
 
 
