@@ -169,7 +169,7 @@ XATTN_DEVICE uint32_t within(uint32_t pair, int channel, const Channels& channel
 
 // Features of the three columns that biases are folded into, two of them a lane.
 XATTN_DEVICE uint32_t ones() {
-  const int t = lane() % 4;
+  const int t = opaque(lane()) % 4;
   return t == 0 ? 0x3F803F80u : t == 1 ? 0x3F80u : 0u;
 }
 
@@ -265,6 +265,13 @@ XATTN_DEVICE Run run_of(const View& view, int64_t batch, int64_t begin) {
   return {view.data + 2 * (batch * view.batch_stride + begin * view.token_stride),
           2 * (how.token_minor ? view.channel_stride : view.token_stride), how.token_minor, how.bytes};
 }
+
+// A run and its length, in shared memory: registers are for what products need.
+struct Tokens {
+  Run run;
+  int count;
+};
+constexpr int kTokensBytes = 64;  // with what a kernel adds
 
 // What of a run a slab has: `channels` from `channel` on of `tokens` from `token` on.
 struct Part {

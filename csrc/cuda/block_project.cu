@@ -27,21 +27,22 @@ class Block {
   XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), problem_(args.problem), work_(work) {
     const View x = view();
     const int64_t left = x.tokens - begin();
-    count_ = static_cast<int>(left < args.run ? left : args.run);
-    x_ = run_of(x, batch(), begin());
-    channels_ = {static_cast<int>(problem_.channels), static_cast<int>(padded_channels(problem_.channels))};
+    const int count = static_cast<int>(left < args.run ? left : args.run);
+    empty_ = count <= 0;
+    if (thread_index() == 0) tokens_of_run() = {run_of(x, batch(), begin()), count};
   }
 
   XATTN_DEVICE void run() {
-    if (count_ <= 0) return;
+    if (empty_) return;
+    sync_threads();
     const int64_t set = args_.table[problem_.pairs + 2 * pair() + 1] * kProjections;
-    const int padded = channels_.padded;
+    const int padded = channels().padded;
     const auto source = [=](int i) {
       const int projection = i == 0 ? kValue : i == 1 ? kKey1 : kKey2;
       return problem_.packed.matrices + (set + projection) * padded * padded * 2;
     };
-    const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
-    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels_, 3, uses, source);
+    const int uses = (tokens_of_run().count + args_.geometry.tile - 1) / args_.geometry.tile;
+    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels(), 3, uses, source);
     copy_biases(bias(0), problem_.packed.biases + (set + kKey1) * padded, padded, 3);
     load(0);
     matrices.begin(0);
@@ -49,13 +50,13 @@ class Block {
     sync_threads();
     // Barriers of the stream come between all that reads a slab and all that writes it.
     XATTN_KEEP_LOOP
-    for (int number = 0; number * args_.geometry.tile < count_; ++number) {
+    for (int number = 0; number * args_.geometry.tile < tokens_of_run().count; ++number) {
       Fragments<S> h;
       {
         Fragments<S> x;
-        load_fragments<Order::kLeft>(slab(), channels_, x);
+        load_fragments<Order::kLeft>(slab(), channels(), x);
         emit<Activation::kRelu>(x, bias(2), problem_.values, number, matrices);
-        project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(1, j); }, h);
+        project<Activation::kRelu>(x, bias(0), channels(), [&](int j) { return matrices.row(1, j); }, h);
       }
       load(number + 1);
       commit_copies();
@@ -78,22 +79,32 @@ class Block {
     return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * pair()]);
   }
 
+  XATTN_DEVICE Channels channels() const {
+    const int count = static_cast<int>(problem_.channels);
+    return {count, (count + 15) / 16 * 16};
+  }
   XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + opaque(warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int left = count_ - token(number);
+    const int left = tokens_of_run().count - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
+  }
+  XATTN_DEVICE Tokens& tokens_of_run() const {
+    return *reinterpret_cast<Tokens*>(shared_memory() + args_.geometry.run);
   }
   XATTN_DEVICE char* memory() const {
     return shared_memory() + args_.geometry.slabs + opaque(warp()) * Plan::kWarpBytes;
   }
-  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
+  XATTN_DEVICE Slab<kTokens> slab() const {
+    return Slab<kTokens>::make(memory(), S::kWidth, tokens_of_run().run.token_minor);
+  }
   XATTN_DEVICE float* bias(int matrix) const {
-    return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * channels_.padded;
+    return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * channels().padded;
   }
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return Whole{view(), batch(), begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels_.padded) : S::kWidth, slab());
+        tokens_of_run().run, [this] { return Whole{view(), batch(), begin()}; },
+        {token(number), 0, channels().count, tokens(number)},
+        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels().padded) : S::kWidth, slab());
   }
 
   // activation(W x + b) of a tile to where the table has the pair's keys or values.
@@ -103,7 +114,7 @@ class Block {
     const Run out = run_of(whole().view, batch(), begin());
     const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, false);
     gather<Plan, false, Order::kLeft>(
-        x, channels_, to, [&](int m) { return matrices.row(0, m); },
+        x, channels(), to, [&](int m) { return matrices.row(0, m); },
         [&](Sums<S>& sums, int m) { begin_with<false>(sums, bias + 16 * m); },
         [&](const Sums<S>& sums, int, int b, int h, int r) {
           return activate<kActivation>(sums.v[b][h][2 * r], sums.v[b][h][2 * r + 1]);
@@ -115,9 +126,8 @@ class Block {
 
   const Arguments& args_;
   const BlockSources& problem_;
-  Run x_;
-  int work_, count_;  // tokens of the run
-  Channels channels_;
+  bool empty_;
+  int work_;  // tokens of the run
 };
 
 template <class Plan>

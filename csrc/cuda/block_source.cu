@@ -42,7 +42,7 @@ struct Plan {
   // Bytes: matrices, biases, where features are, features of a warp, keys and values of a warp; sums, where features
   // were.
   static constexpr int kMatrix = S::kPadded * S::kPadded * 2;
-  static constexpr int kBiases = 3 * kMatrix, kRun = kBiases + 3 * S::kPadded * 4, kSlabs = kRun + 32;
+  static constexpr int kBiases = 3 * kMatrix, kRun = kBiases + 3 * S::kPadded * 4, kSlabs = kRun + kTokensBytes;
   static constexpr int kSlab = Slab<S::kTokens>::bytes(S::kWidth);
   static constexpr int kValueWords = S::kBlocks * S::kTiles * 128, kKeyWords = S::kBlocks * S::kHalves * 64;
   static constexpr int kExchange = kShare ? 4 * (kValueWords + kKeyWords) : 0;
@@ -54,31 +54,36 @@ struct Plan {
   static_assert(kSlabs % 16 == 0 && kSlab % 16 == 0, "rows of operands begin at multiples of 16 bytes");
 };
 
-// A chunk's tokens.
-struct Tokens {
-  Run run;
-  int count;
-};
-
 template <class Plan>
 class Block {
  public:
   using S = typename Plan::S;
   static constexpr int kTokens = S::kTokens;
 
-  XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), work_(work) {
-    const View x = view();
-    const int64_t left = x.tokens - begin();
+  XATTN_DEVICE Block(const Arguments& args, int work) : args_(args) {
+    const Work place = place_of(work);
+    const View x = view(place);
+    const int64_t begin = place.chunk * args.chunk, left = x.tokens - begin;
     const int count = static_cast<int>(left < args.chunk ? left : args.chunk);
     empty_ = count <= 0;
-    if (thread_index() == 0) tokens_of_chunk() = {run_of(x, batch(), begin()), count};
-    channels_ = {static_cast<int>(args.channels), S::kPadded};
+    if (thread_index() == 0) {
+      tokens_of_chunk() = {run_of(x, place.batch, begin), count};
+      work_of_block() = work;
+    }
   }
 
-  XATTN_DEVICE void sum() {
-    if (empty_) return;
-    load_weights();
+  // Returns what this block does next.
+  XATTN_DEVICE int sum() {
     sync_threads();
+    if (!empty_) sum_chunk();
+    const int next = work_of_block() + block_count();
+    sync_threads();
+    return next;
+  }
+
+ private:
+  XATTN_DEVICE void sum_chunk() {
+    load_weights();
     clear();
     XATTN_KEEP_LOOP
     for (int number = 0; number < slabs(); ++number) {
@@ -111,25 +116,32 @@ class Block {
     add_up();
   }
 
- private:
-  // Computed again where they are wanted, rather than kept.
-  XATTN_DEVICE int pair() const { return opaque(work_) % static_cast<int>(args_.pairs); }
-  XATTN_DEVICE int chunk() const {
-    return opaque(work_) / static_cast<int>(args_.pairs) % static_cast<int>(args_.per_slot);
+  // A work as its pair of source and weights, chunk and sample. Computed again where it is wanted, rather than kept.
+  struct Work {
+    int pair, chunk, batch;
+  };
+  XATTN_DEVICE Work place_of(int work) const {
+    const int pairs = static_cast<int>(args_.pairs), per_slot = static_cast<int>(args_.per_slot);
+    return {work % pairs, work / pairs % per_slot, work / pairs / per_slot};
   }
-  XATTN_DEVICE int batch() const {
-    return opaque(work_) / static_cast<int>(args_.pairs) / static_cast<int>(args_.per_slot);
+  XATTN_DEVICE Work place() const { return place_of(work_of_block()); }
+  XATTN_DEVICE View view(const Work& place) const {
+    return args_.table.view(args_.features, args_.table[args_.list + 2 * place.pair]);
   }
-  XATTN_DEVICE int64_t begin() const { return chunk() * args_.chunk; }
-  XATTN_DEVICE View view() const { return args_.table.view(args_.features, args_.table[args_.list + 2 * pair()]); }
+  XATTN_DEVICE Whole whole() const {
+    const Work now = place();
+    return {view(now), now.batch, now.chunk * args_.chunk};
+  }
 
+  XATTN_DEVICE Channels channels() const { return {static_cast<int>(args_.channels), S::kPadded}; }
+  // In shared memory: registers are for what products need.
+  static XATTN_DEVICE int& work_of_block() { return *reinterpret_cast<int*>(&tokens_of_chunk() + 1); }
+  static XATTN_DEVICE Tokens& tokens_of_chunk() { return *reinterpret_cast<Tokens*>(shared_memory() + Plan::kRun); }
   XATTN_DEVICE int token(int number) const { return (number * Plan::kWarps + opaque(warp())) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
     const int left = tokens_of_chunk().count - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
-  // In shared memory: registers are for what products need.
-  static XATTN_DEVICE Tokens& tokens_of_chunk() { return *reinterpret_cast<Tokens*>(shared_memory() + Plan::kRun); }
   XATTN_DEVICE int slabs() const { return Plan::kShare ? args_.slabs : 2; }
   XATTN_DEVICE Slab<kTokens> slab(int number) const {
     const int place =
@@ -153,15 +165,15 @@ class Block {
   }
 
   XATTN_DEVICE void load_weights() const {
-    const int64_t set = args_.table[args_.list + 2 * pair() + 1] * kProjections + kKey1;
+    const int64_t set = args_.table[args_.list + 2 * place().pair + 1] * kProjections + kKey1;
     copy_projections<S>(shared_memory(), reinterpret_cast<float*>(shared_memory() + Plan::kBiases), args_.packed, set,
                         3, static_cast<int>(padded_channels(args_.channels)));
   }
 
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        tokens_of_chunk().run, [this] { return Whole{view(), batch(), begin()}; },
-        {token(number), 0, channels_.count, tokens(number)}, S::kWidth, slab(number));
+        tokens_of_chunk().run, [this] { return whole(); }, {token(number), 0, channels().count, tokens(number)},
+        S::kWidth, slab(number));
   }
 
   XATTN_DEVICE void clear() {
@@ -181,32 +193,28 @@ class Block {
     Fragments<S> h;
     {
       Fragments<S> x;
-      load_fragments<Order::kLeft>(slab, channels_, x);
-      project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return rows(0, j); }, h);
+      load_fragments<Order::kLeft>(slab, channels(), x);
+      project<Activation::kRelu>(x, bias(0), channels(), [&](int j) { return rows(0, j); }, h);
     }
     uint32_t key[S::kBlocks][S::kHalves][2];
     XATTN_UNROLL
     for (int m = 0; m < S::kTiles; ++m) make_keys(h, m, count, key);
     // Read again, which is cheaper than to keep features and to copy them to where values want them.
     Fragments<S> x;
-    load_fragments<Order::kRight>(slab, channels_, x);
+    load_fragments<Order::kRight>(slab, channels(), x);
     // Tokens beyond the last one must not count. With biases folded, they have values of zero, and no one for Z:
     // that is a value of all others. Else their keys have been made zero.
-    const int g = lane() / 4, t = lane() % 4;
-    uint32_t one[S::kBlocks][2];
     if constexpr (S::kFolded) {
       XATTN_UNROLL
       for (int i = 0; i < S::kBlocks; ++i) {
         XATTN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int token = 16 * i + 8 * half, left = count - token - 2 * t;
-          if (token + g >= count) x.v[i][S::kTiles - 1][2 * half + 1] = 0;
-          one[i][half] = left > 1 ? kOnes : left > 0 ? kOnes & 0xFFFFu : 0u;
+          if (16 * i + 8 * half + lane() / 4 >= count) x.v[i][S::kTiles - 1][2 * half + 1] = 0;
         }
       }
     }
     XATTN_UNROLL
-    for (int m = 0; m < S::kTiles; ++m) make_values(x, m, one, key);
+    for (int m = 0; m < S::kTiles; ++m) make_values(x, m, count, key);
   }
 
   // k of 16 channels.
@@ -214,7 +222,7 @@ class Block {
     const int t = lane() % 4;
     Sums<S> sums;
     begin_with<true>(sums, bias(1) + 16 * m);
-    multiply<true, Order::kLeft, false>(sums, h, rows(1, m) + weight_offset<true>(S::kPadded), channels_);
+    multiply<true, Order::kLeft, false>(sums, h, rows(1, m) + weight_offset<true>(S::kPadded), channels());
     XATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int n = 2 * m + r;
@@ -237,11 +245,11 @@ class Block {
   }
 
   // v of 16 channels; as it is one operand of S, the product as well unless others compute it.
-  XATTN_DEVICE void make_values(const Fragments<S>& x, int m, const uint32_t (&one)[S::kBlocks][2],
+  XATTN_DEVICE void make_values(const Fragments<S>& x, int m, int count,
                                 const uint32_t (&key)[S::kBlocks][S::kHalves][2]) {
     Sums<S> sums;
     begin_with<true>(sums, bias(2) + 16 * m);
-    multiply<true, Order::kRight, false>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels_);
+    multiply<true, Order::kRight, false>(sums, x, rows(2, m) + weight_offset<true>(S::kPadded), channels());
     XATTN_UNROLL
     for (int i = 0; i < S::kBlocks; ++i) {
       uint32_t value[4];
@@ -251,8 +259,10 @@ class Block {
         for (int r = 0; r < 2; ++r) {
           uint32_t& pair = value[2 * half + r];
           pair = pack_bfloat16_relu(sums.v[i][half][2 * r], sums.v[i][half][2 * r + 1]);
-          if (S::kFolded && 16 * m + 8 * r + 8 > S::kFrom && 16 * m + 8 * r + lane() / 4 == channels_.count)
-            pair = one[i][half];
+          if (S::kFolded && 16 * m + 8 * r + 8 > S::kFrom && 16 * m + 8 * r + lane() / 4 == channels().count) {
+            const int left = count - (16 * i + 8 * half + 2 * (lane() % 4));
+            pair = left > 1 ? kOnes : left > 0 ? kOnes & 0xFFFFu : 0u;
+          }
         }
       }
       if constexpr (Plan::kShare) {
@@ -309,7 +319,7 @@ class Block {
   XATTN_DEVICE void add_up() {
     float* sums = reinterpret_cast<float*>(shared_memory() + Plan::kSlabs);
     const int g = lane() / 4, t = lane() % 4;
-    const int z_row = S::kFolded ? channels_.count : 16 * S::kTiles;
+    const int z_row = S::kFolded ? channels().count : 16 * S::kTiles;
     XATTN_KEEP_LOOP
     for (int turn = 0; turn < Plan::kWarps; ++turn) {
       if (token_group() == turn) add_sums(sums, turn == 0);
@@ -328,13 +338,13 @@ class Block {
       }
       sync_threads();
     }
-    const int channels = channels_.count;
-    float* to = args_.partial + ((args_.table[args_.first + pair()] + chunk()) * args_.batch + batch()) *
-                                    (args_.channels + 1) * args_.channels;
-    for_rows(channels + 1, channels, [&](int row, int column) {
-      to[row * channels + column] = sums[(row < channels ? row : z_row) * Plan::kSumRow + column];
+    const int count = channels().count;
+    const Work now = place();
+    const int64_t number = (args_.table[args_.first + now.pair] + now.chunk) * args_.batch + now.batch;
+    float* to = args_.partial + number * (args_.channels + 1) * args_.channels;
+    for_rows(count + 1, count, [&](int row, int column) {
+      to[row * count + column] = sums[(row < count ? row : z_row) * Plan::kSumRow + column];
     });
-    sync_threads();
   }
 
   XATTN_DEVICE void add_sums(float* sums, bool first) const {
@@ -357,8 +367,6 @@ class Block {
 
   const Arguments& args_;
   bool empty_;
-  int work_;
-  Channels channels_;
   float sum_[Plan::kRows][Plan::kColumns][4];
   float z_[S::kTiles][2];
 };
@@ -366,8 +374,9 @@ class Block {
 template <class Plan>
 XATTN_KERNEL(Plan::kThreads, Plan::kResident)
 source_kernel(XATTN_PARAMETER Arguments args) {
+  int work = block_index();
   XATTN_KEEP_LOOP
-  for (int work = block_index(); work < args.works; work += block_count()) Block<Plan>(args, work).sum();
+  while (work < args.works) work = Block<Plan>(args, work).sum();
 }
 
 struct Kernel {

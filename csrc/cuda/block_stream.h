@@ -137,7 +137,7 @@ class MatrixStream {
 
   const Source& source_;
   char* memory_;
-  const Channels& channels_;
+  Channels channels_;
   int matrices_;
   // The stage that is read; what is copied next, from where, and how many pieces that are left.
   int stage_ = 1, matrix_ = 0, piece_ = 0, left_ = 0;
@@ -147,7 +147,7 @@ class MatrixStream {
 // Sizes that a call chooses: warps, and matrices that stay; bytes of shared memory.
 struct ChainGeometry {
   int threads, tile;
-  int biases, slabs, shared;  // offsets and size
+  int biases, run, slabs, shared;  // offsets and size
 };
 
 // The most warps that fit `limit` bytes: threads of 0 where none does.
@@ -156,9 +156,10 @@ ChainGeometry chain_geometry(int padded, int matrices, int limit) {
   using S = typename Plan::S;
   const int width = 16 * deep_tiles<S>(padded);
   for (int warps = Plan::kThreads / kWarp; warps > 0; warps -= 2) {
-    ChainGeometry g{warps * kWarp, warps * S::kTokens, 0, 0, 0};
+    ChainGeometry g{warps * kWarp, warps * S::kTokens, 0, 0, 0, 0};
     g.biases = Plan::kStream ? 2 * Plan::kPiece * width * 32 : matrices * width * width * 2;
-    g.slabs = g.biases + 3 * width * static_cast<int>(sizeof(float));
+    g.run = g.biases + 3 * width * static_cast<int>(sizeof(float));
+    g.slabs = g.run + kTokensBytes;
     g.shared = g.slabs + warps * Plan::kWarpBytes;
     if (g.shared <= limit) return g;
   }

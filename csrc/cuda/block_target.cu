@@ -20,6 +20,12 @@ struct Arguments {
   int64_t runs, run, works;
 };
 
+// Whose run it is: outputs from `first` on of the lists of the table.
+struct Target {
+  int batch, set, first, outputs;
+};
+static_assert(sizeof(Tokens) + sizeof(Target) <= kTokensBytes, "room for what a run is");
+
 template <class Plan>
 class Block {
  public:
@@ -27,30 +33,35 @@ class Block {
   static constexpr int kTokens = S::kTokens;
 
   XATTN_DEVICE Block(const Arguments& args, int work) : args_(args), problem_(args.problem), work_(work) {
-    batch_ = work / static_cast<int>(problem_.count) / static_cast<int>(args.runs);
+    const int batch = work / static_cast<int>(problem_.count) / static_cast<int>(args.runs);
     const View x = view();
-    set_ = static_cast<int>(args.table[problem_.pairs + 2 * target() + 1]) * kProjections + kQuery1;
-    first_ = static_cast<int>(args.table[problem_.lists + target()]);
-    outputs_ = static_cast<int>(args.table[problem_.lists + target() + 1]) - first_;
+    const int set = static_cast<int>(args.table[problem_.pairs + 2 * target() + 1]) * kProjections + kQuery1;
+    const int first = static_cast<int>(args.table[problem_.lists + target()]);
+    const int outputs = static_cast<int>(args.table[problem_.lists + target() + 1]) - first;
     const int64_t left = x.tokens - begin();
-    count_ = static_cast<int>(left < args.run ? left : args.run);
-    x_ = run_of(x, batch_, begin());
-    const int padded = static_cast<int>(padded_channels(problem_.channels));
-    channels_ = {static_cast<int>(problem_.channels), padded};
+    const int count = static_cast<int>(left < args.run ? left : args.run);
+    empty_ = count <= 0;
+    if (thread_index() == 0) {
+      tokens_of_run() = {run_of(x, batch, begin()), count};
+      target_of_run() = {batch, set, first, outputs};
+    }
   }
 
   XATTN_DEVICE void run() {
-    if (count_ <= 0) return;
+    if (empty_) return;
+    sync_threads();
     const auto source = [this](int i) {
-      const int64_t bytes = static_cast<int64_t>(channels_.padded) * channels_.padded * 2;
-      return i < 2 ? problem_.packed.matrices + (set_ + i) * bytes : problem_.states.s + state(i - 2) * bytes;
+      const int64_t bytes = static_cast<int64_t>(channels().padded) * channels().padded * 2;
+      return i < 2 ? problem_.packed.matrices + (target_of_run().set + i) * bytes
+                   : problem_.states.s + state(i - 2) * bytes;
     };
-    const int uses = (count_ + args_.geometry.tile - 1) / args_.geometry.tile;
-    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels_, 2 + outputs_, uses, source);
+    const int uses = (tokens_of_run().count + args_.geometry.tile - 1) / args_.geometry.tile;
+    MatrixStream<Plan, decltype(source)> matrices(shared_memory(), channels(), 2 + target_of_run().outputs, uses,
+                                                  source);
     if constexpr (Plan::kStream)
-      copy_biases(bias(0), problem_.packed.biases + set_ * channels_.padded, channels_.padded, 2);
+      copy_biases(bias(0), problem_.packed.biases + target_of_run().set * channels().padded, channels().padded, 2);
     else
-      copy_projections<S>(shared_memory(), bias(0), problem_.packed, set_, 2, channels_.padded);
+      copy_projections<S>(shared_memory(), bias(0), problem_.packed, target_of_run().set, 2, channels().padded);
     load(0);
     matrices.begin(2);
     wait_copies<0>();
@@ -58,8 +69,8 @@ class Block {
     // Without a stream to keep up with, a warp ends with its last token. With one, its barriers come between all that
     // reads a slab and all that writes it.
     XATTN_KEEP_LOOP
-    for (int number = 0; number * args_.geometry.tile < count_; ++number) {
-      if (!Plan::kStream && token(number) >= count_) break;
+    for (int number = 0; number * args_.geometry.tile < tokens_of_run().count; ++number) {
+      if (!Plan::kStream && token(number) >= tokens_of_run().count) break;
       Fragments<S> h;
       {
         if constexpr (!Plan::kStream) {
@@ -67,8 +78,8 @@ class Block {
           sync_warp();
         }
         Fragments<S> x;
-        load_fragments<Order::kLeft>(slab(), channels_, x);
-        project<Activation::kRelu>(x, bias(0), channels_, [&](int j) { return matrices.row(0, j); }, h);
+        load_fragments<Order::kLeft>(slab(), channels(), x);
+        project<Activation::kRelu>(x, bias(0), channels(), [&](int j) { return matrices.row(0, j); }, h);
         if constexpr (!Plan::kStream) sync_warp();
       }
       load(number + 1);
@@ -90,49 +101,62 @@ class Block {
     return args_.table.view(problem_.features, args_.table[problem_.pairs + 2 * target()]);
   }
 
+  XATTN_DEVICE Channels channels() const {
+    const int count = static_cast<int>(problem_.channels);
+    return {count, (count + 15) / 16 * 16};
+  }
   XATTN_DEVICE int token(int number) const { return number * args_.geometry.tile + opaque(warp()) * kTokens; }
   XATTN_DEVICE int tokens(int number) const {
-    const int left = count_ - token(number);
+    const int left = tokens_of_run().count - token(number);
     return left > kTokens ? kTokens : left > 0 ? left : 0;
   }
+  XATTN_DEVICE Tokens& tokens_of_run() const {
+    return *reinterpret_cast<Tokens*>(shared_memory() + args_.geometry.run);
+  }
+  XATTN_DEVICE Target& target_of_run() const { return *reinterpret_cast<Target*>(&tokens_of_run() + 1); }
   XATTN_DEVICE char* memory() const {
     return shared_memory() + args_.geometry.slabs + opaque(warp()) * Plan::kWarpBytes;
   }
-  XATTN_DEVICE Slab<kTokens> slab() const { return Slab<kTokens>::make(memory(), S::kWidth, x_.token_minor); }
+  XATTN_DEVICE Slab<kTokens> slab() const {
+    return Slab<kTokens>::make(memory(), S::kWidth, tokens_of_run().run.token_minor);
+  }
   XATTN_DEVICE float* bias(int matrix) const {
-    const int padded = Plan::kStream ? channels_.padded : S::kPadded;
+    const int padded = Plan::kStream ? channels().padded : S::kPadded;
     return reinterpret_cast<float*>(shared_memory() + args_.geometry.biases) + matrix * padded;
   }
   // Where the state of an output is.
-  XATTN_DEVICE int64_t state(int i) const { return args_.table[first_ + i] * problem_.batch + batch_; }
+  XATTN_DEVICE int64_t state(int i) const {
+    return args_.table[target_of_run().first + i] * problem_.batch + target_of_run().batch;
+  }
 
   XATTN_DEVICE void load(int number) const {
     load_part<S::kWidth>(
-        x_, [this] { return Whole{view(), batch_, begin()}; }, {token(number), 0, channels_.count, tokens(number)},
-        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels_.padded) : S::kWidth, slab());
+        tokens_of_run().run, [this] { return Whole{view(), target_of_run().batch, begin()}; },
+        {token(number), 0, channels().count, tokens(number)},
+        S::kLoops == Loops::kCut ? 16 * deep_tiles<S>(channels().padded) : S::kWidth, slab());
   }
 
   template <class Matrices>
   XATTN_DEVICE void attend(int number, const Fragments<S>& h, Matrices& matrices) const {
     Fragments<S> q;
-    project<Activation::kSoftplus>(h, bias(1), channels_, [&](int j) { return matrices.row(1, j); }, q);
+    project<Activation::kSoftplus>(h, bias(1), channels(), [&](int j) { return matrices.row(1, j); }, q);
     // Turned in place when an output wants it otherwise than the one before: there is no room for both.
     bool turned = false;
     XATTN_KEEP_LOOP
-    for (int i = 0; i < outputs_; ++i) {
-      const auto out_view = [&] { return args_.table.view(problem_.outputs, args_.table[opaque(first_ + i)]); };
-      const Run out = run_of(out_view(), batch_, begin());
-      const auto whole = [&] { return Whole{out_view(), batch_, begin()}; };
+    for (int i = 0; i < target_of_run().outputs; ++i) {
+      const auto out_view = [&] { return args_.table.view(problem_.outputs, args_.table[target_of_run().first + i]); };
+      const Run out = run_of(out_view(), target_of_run().batch, begin());
+      const auto whole = [&] { return Whole{out_view(), target_of_run().batch, begin()}; };
       const Slab<kTokens> to = Slab<kTokens>::make(memory() + Plan::kSlab, Plan::kGathered, out.token_minor);
       const auto row = [&](int m) { return matrices.row(2 + i, m); };
       const auto clear = [](Sums<S>& sums, int) { sums = {}; };
       const auto flush = [&](int first, int count) {
-        const int left = channels_.count - 16 * first, channels = left < 16 * count ? left : 16 * count;
-        store_part<Plan::kGathered>(out, whole, {token(number), 16 * first, channels, tokens(number)}, to);
+        const int left = channels().count - 16 * first, width = left < 16 * count ? left : 16 * count;
+        store_part<Plan::kGathered>(out, whole, {token(number), 16 * first, width, tokens(number)}, to);
       };
       if (out.token_minor != turned) turn(q);
       turned = out.token_minor;
-      const float* z = problem_.states.z + state(i) * channels_.padded;
+      const float* z = problem_.states.z + state(i) * channels().padded;
       float factor[S::kBlocks][2];
       if (out.token_minor) {
         divisors<Order::kRight>(q, z, factor);
@@ -146,7 +170,7 @@ class Block {
           }
         }
         gather<Plan, true, Order::kRight>(
-            q, channels_, to, row, clear,
+            q, channels(), to, row, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * columns[b][h][0], v[2 * r + 1] * columns[b][h][1]);
@@ -155,7 +179,7 @@ class Block {
       } else {
         divisors<Order::kLeft>(q, z, factor);
         gather<Plan, false, Order::kLeft>(
-            q, channels_, to, row, clear,
+            q, channels(), to, row, clear,
             [&](const Sums<S>& sums, int, int b, int h, int r) {
               const float (&v)[4] = sums.v[b][h];
               return pack_bfloat16(v[2 * r] * factor[b][r], v[2 * r + 1] * factor[b][r]);
@@ -175,7 +199,7 @@ class Block {
     for (int b = 0; b < S::kBlocks; ++b) factor[b][0] = factor[b][1] = 0.0f;
     XATTN_UNROLL
     for (int k = 0; k < S::kTiles; ++k) {
-      if (16 * k + 16 > S::kFrom && 16 * k >= opaque(channels_.padded)) continue;
+      if (16 * k + 16 > S::kFrom && 16 * k >= opaque(channels().padded)) continue;
       XATTN_UNROLL
       for (int h = 0; h < 2; ++h) {
         if (16 * k + 8 * h >= S::kWidth) continue;
@@ -206,9 +230,8 @@ class Block {
 
   const Arguments& args_;
   const BlockTargets& problem_;
-  Run x_;
-  int work_, batch_, set_, first_, count_, outputs_;  // tokens of the run; outputs of the target
-  Channels channels_;
+  bool empty_;
+  int work_;
 };
 
 template <class Plan>
