@@ -63,7 +63,7 @@ int64_t chain_outputs(int64_t channels);
 XATTN_BOTH int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
 
 // Tokens of a work, a multiple of `tile`: such that `parallel` times as many works as that gives end together on
-// `resident` blocks, as early as possible. Beginning a work takes the time of a tile.
-int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident);
+// `resident` blocks, as early as possible. Beginning and ending a work takes `overhead` hundredths of a tile's time.
+int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident, int64_t overhead = 100);
 
 }  // namespace xattn::cuda

@@ -146,7 +146,7 @@ void start(Arguments args, Stream stream) {
   const int64_t resident =
       resident_blocks(reinterpret_cast<const void*>(projection_kernel<Plan>), kName, args.geometry.threads, shared);
   const BlockSources& problem = args.problem;
-  args.run = choose_tokens(problem.longest, problem.count * problem.batch, args.geometry.tile, resident);
+  args.run = choose_tokens(problem.longest, problem.count * problem.batch, args.geometry.tile, resident, 20);
   args.runs = (problem.longest + args.run - 1) / args.run;
   args.works = args.runs * problem.batch * problem.count;
   launch(projection_kernel<Plan>, kName, args.works, args.geometry.threads, shared, stream, args);

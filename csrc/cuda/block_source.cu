@@ -380,13 +380,13 @@ source_kernel(XATTN_PARAMETER Arguments args) {
 }
 
 struct Kernel {
-  int width, threads, tile;
+  int width, threads, tile, overhead;
   int (*bytes)(int slabs);
   void (*start)(Arguments);
 };
 template <class Plan>
 constexpr Kernel kernel_of() {
-  return {Plan::S::kWidth, Plan::kThreads, Plan::kTile, Plan::bytes, source_kernel<Plan>};
+  return {Plan::S::kWidth, Plan::kThreads, Plan::kTile, Plan::kShare ? 80 : 150, Plan::bytes, source_kernel<Plan>};
 }
 
 // The narrowest that is wide enough, with two tiles of tokens on their way or one: none where none fits this device.
@@ -421,7 +421,8 @@ int64_t chunk_of_sources(const BlockSources& sources) {
   if (choice.kernel == nullptr) return 0;
   const int64_t resident = resident_blocks(reinterpret_cast<const void*>(choice.kernel->start), kName,
                                            choice.kernel->threads, choice.shared);
-  return choose_tokens(sources.longest, sources.count * sources.batch, choice.kernel->tile, resident);
+  return choose_tokens(sources.longest, sources.count * sources.batch, choice.kernel->tile, resident,
+                       choice.kernel->overhead);
 }
 
 void start_sources(const BlockSources& sources, const Table& table, const Chunks& chunks, float* partial,

@@ -84,12 +84,12 @@ XATTN_KERNEL(kThreads, 4) states_kernel(XATTN_PARAMETER Arguments args) {
 
 }  // namespace
 
-int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident) {
+int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident, int64_t overhead) {
   const int64_t tiles = std::max<int64_t>(1, (longest + tile - 1) / tile);
   int64_t best = tiles, least = 0;
   for (int64_t per = 1; per <= std::min(tiles, kMost / tile); ++per) {
     const int64_t works = (tiles + per - 1) / per * std::max<int64_t>(parallel, 1);
-    const int64_t time = (works + resident - 1) / resident * (per + 1);
+    const int64_t time = (works + resident - 1) / resident * (100 * per + overhead);
     // Of equals the longest: fewer partial sums.
     if (least == 0 || time <= least) {
       least = time;

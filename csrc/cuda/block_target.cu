@@ -299,7 +299,8 @@ void start_chain_targets(const BlockTargets& targets, int64_t outputs, const Tab
   const size_t shared = static_cast<size_t>(args.geometry.shared);
   const int64_t resident =
       resident_blocks(reinterpret_cast<const void*>(kernel.start), kName, args.geometry.threads, shared);
-  args.run = choose_tokens(targets.longest, targets.count * targets.batch, args.geometry.tile, resident);
+  args.run = choose_tokens(targets.longest, targets.count * targets.batch, args.geometry.tile, resident,
+                           kernel.stream ? 20 : 50);
   args.runs = (targets.longest + args.run - 1) / args.run;
   args.works = args.runs * targets.batch * targets.count;
   launch(kernel.start, kName, args.works, args.geometry.threads, shared, stream, args);
