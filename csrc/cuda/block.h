@@ -66,4 +66,7 @@ XATTN_BOTH int64_t padded_channels(int64_t channels) { return (channels + 15) / 
 // `resident` blocks, as early as possible. Beginning and ending a work takes `overhead` hundredths of a tile's time.
 int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t resident, int64_t overhead = 100);
 
+// As many works, or an error: kernels number them by int.
+int64_t checked_works(int64_t works, const char* kernel);
+
 }  // namespace xattn::cuda

@@ -148,7 +148,7 @@ void start(Arguments args, Stream stream) {
   const BlockSources& problem = args.problem;
   args.run = choose_tokens(problem.longest, problem.count * problem.batch, args.geometry.tile, resident, 20);
   args.runs = (problem.longest + args.run - 1) / args.run;
-  args.works = args.runs * problem.batch * problem.count;
+  args.works = checked_works(args.runs * problem.batch * problem.count, kName);
   launch(projection_kernel<Plan>, kName, args.works, args.geometry.threads, shared, stream, args);
 }
 

@@ -435,7 +435,7 @@ void start_sources(const BlockSources& sources, const Table& table, const Chunks
                        sources.channels,
                        chunks.size,
                        chunks.per_slot,
-                       chunks.per_slot * sources.batch * sources.count,
+                       checked_works(chunks.per_slot * sources.batch * sources.count, kName),
                        sources.features,
                        sources.pairs,
                        chunks.table,

@@ -1,6 +1,9 @@
 // States of the cross-attention block: the partial sums of every output's pairs, added in a fixed order, as targets
 // want them: matrices laid out like weights, zero where they are padded.
 #include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "block.h"
 #include "product.h"
@@ -97,6 +100,13 @@ int64_t choose_tokens(int64_t longest, int64_t parallel, int64_t tile, int64_t r
     }
   }
   return best * tile;
+}
+
+int64_t checked_works(int64_t works, const char* kernel) {
+  if (works > std::numeric_limits<int>::max() / 2)
+    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(works) +
+                             " pieces of work, too many of samples or edges");
+  return works;
 }
 
 void sum_block_states(Dtype dtype, int64_t outputs, int lists, const Table& table, const Chunks& chunks,

@@ -302,7 +302,7 @@ void start_chain_targets(const BlockTargets& targets, int64_t outputs, const Tab
   args.run = choose_tokens(targets.longest, targets.count * targets.batch, args.geometry.tile, resident,
                            kernel.stream ? 20 : 50);
   args.runs = (targets.longest + args.run - 1) / args.run;
-  args.works = args.runs * targets.batch * targets.count;
+  args.works = checked_works(args.runs * targets.batch * targets.count, kName);
   launch(kernel.start, kName, args.works, args.geometry.threads, shared, stream, args);
 }
 
