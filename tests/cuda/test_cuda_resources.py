@@ -15,8 +15,11 @@ from xattn_kernels.cuda import resources
 
 FILE = resources.ROOT / "docs" / "cuda_resources.json"
 KERNELS = [path for path in direct.sources() if "XATTN_KERNEL(" in path.read_text()]
-#: Kernels that spill, and how many bytes at most.
-KNOWN: dict[str, int] = {}
+#: Kernels that spill, and how many bytes at most: two registers, stored and loaded.
+KNOWN = {
+    "sm_100 block_source.cu source_kernel<Plan<40, 25, 4, 3, false, 1, 1> >": 16,
+    "sm_120 block_source.cu source_kernel<Plan<40, 25, 4, 3, false, 1, 1> >": 16,
+}
 
 
 @pytest.fixture(scope="module")
