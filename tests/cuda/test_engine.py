@@ -129,7 +129,8 @@ def test_reasons_are_what_a_call_by_name_says(install: Install) -> None:
 
 
 def test_what_a_loaded_module_refuses(install: Install, gpu: Callable[[int, int], None]) -> None:
-    module = install(__version__=xk.__version__, device_type="cuda")
+    archs = ["80-real", "90a-real"]
+    module = install(__version__=xk.__version__, device_type="cuda", compiled_archs=lambda: archs)
     gpu(8, 0)
     assert native_cuda.load_error() is None
     assert native_cuda.module() is module
@@ -152,7 +153,12 @@ def test_what_a_loaded_module_refuses(install: Install, gpu: Callable[[int, int]
     several = on_gpu._replace(dtype=torch.float64, channels=385)
     assert len(native_cuda.refusals(several)) == 2
     gpu(7, 5)
-    assert native_cuda.refusals(on_gpu) == ["needs compute capability 8.0, not (7, 5)"]
+    assert native_cuda.refusals(on_gpu) == ["needs compute capability 8.0, not 7.5"]
+    gpu(12, 0)
+    assert native_cuda.refusals(on_gpu) == [
+        "was built for 80-real, 90a-real, not for compute capability 12.0: "
+        "install again on this machine, or with XATTN_CUDA_ARCHS"
+    ]
 
 
 def test_module_for_tensors_of_the_cpu(install: Install) -> None:
