@@ -1,4 +1,4 @@
-"""Makes ``twin`` importable for the tests here and in `on_host/`, which have their own processes."""
+"""Makes ``twin`` importable for the tests here and in `on_host/`, which has its own processes."""
 
 import os
 
