@@ -210,7 +210,7 @@ def _judge_block(
     there = [x.to(device) for x in features]
     engine, sets = gpu_problems.ENGINE, schedule.num_weights
     packed = block_op.pack_op(weight.to(device), bias.to(device), dtype, engine)
-    block_op.block_op(there, packed, sets, schedule.edges_flat, EPS, outputs, engine)
+    block_op.block_out_op(there, packed, sets, schedule.edges_flat, EPS, outputs, engine)
 
     def evaluate(x: Sequence[Tensor], _: int) -> list[Tensor]:
         return compositions.cross_attention_block(x[:-2], x[-2], x[-1], schedule)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn_kernels.convert import convert_
+from xattn_kernels import convert_, freeze_
 from xattn_kernels.cost import STRIDES
 from xattn_kernels.cost_network import BASE_WIDTHS
 from xattn_models import op_by_op
@@ -22,6 +22,8 @@ MORE_OUTPUTS = NUM_OUTPUTS | {"sal": 1}
 """With what a fifth task has."""
 BACKBONE = "hrnet_w18_small_v2"
 OP_BY_OP, COMPILED, OURS, CONVERTED = "op by op", "compiled", "ours", "converted"
+FROZEN = "ours, frozen"
+"""With folded weights kept, by `xattn_kernels.freeze_`; the other ways keep nothing."""
 ERROR = 1e-5
 """Largest relative L2 error of an output in float32."""
 Size = tuple[int, int]
@@ -64,7 +66,7 @@ def make(
         source = op_by_op.SCAMTL(tasks, outputs, name or FixedPyramid(size))
         as_if_trained(source)
     model: nn.Module = source
-    if way == OURS:
+    if way in (OURS, FROZEN):
         model = (
             sca_mtl(tasks, outputs, name) if name else SCAMTL(FixedPyramid(size), tasks, outputs)
         )
@@ -72,7 +74,7 @@ def make(
     elif way == CONVERTED:
         left = convert_(source).left
         assert not left, left
-    return model.eval()
+    return freeze_(model.eval()) if way == FROZEN else model.eval()
 
 
 def image(size: Size = IMAGE, batch: int = 1) -> Tensor:

@@ -65,17 +65,19 @@ class OpByOpSet(nn.Module):
             for block, (target, source) in zip(self.blocks, self.slots, strict=True)
         ]
 
+    def layers(self) -> list[op_by_op.Projection]:
+        """The projections of all edges, in the order of `functional.cross_attention_block`."""
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, op_by_op.CrossAttention)
+            layers += [*block.query_project, *block.key_project, block.value_project]
+        return layers
+
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight (W, 5, C, C) and bias (W, 5, C) of `functional.cross_attention_block`."""
-        weights, biases = [], []
-        for block in self.blocks:
-            assert isinstance(block, op_by_op.CrossAttention)
-            for layer in (*block.query_project, *block.key_project, block.value_project):
-                assert isinstance(layer, op_by_op.Projection)
-                weight, bias = _fold(layer.conv, layer.bn)
-                weights.append(weight)
-                biases.append(bias)
+        pairs = [_fold(layer.conv, layer.bn) for layer in self.layers()]
+        weights, biases = map(list, zip(*pairs, strict=True))
         shape = (len(self.blocks), 5)
         return torch.stack(weights).unflatten(0, shape), torch.stack(biases).unflatten(0, shape)
 

@@ -22,6 +22,14 @@ inline Span<void* const> pointers(const Integers& values) {
 }
 inline void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 
+// Of a projection: weight, gamma, beta, mean, variance.
+using FoldedLayers = std::vector<std::array<int64_t, 5>>;
+static_assert(sizeof(FoldedLayer) == 5 * sizeof(int64_t), "a FoldedLayer is five pointers");
+
+inline Span<const FoldedLayer> layers_of(const FoldedLayers& layers) {
+  return {reinterpret_cast<const FoldedLayer*>(layers.data()), static_cast<int64_t>(layers.size())};
+}
+
 // Of a level: the view of x, channels, height, width, weight.
 using Levels = std::vector<std::array<int64_t, 9>>;
 static_assert(sizeof(Level) == 9 * sizeof(int64_t), "a Level is nine integers");

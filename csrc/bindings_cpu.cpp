@@ -68,9 +68,9 @@ void softmax_backward(int dtype, int64_t batch, int64_t channels, int64_t value_
       {span(grad_outputs), pointers(grad_lse), span(grad_queries), span(grad_keys), span(grad_values)}, threads);
 }
 
-void block_pack(int dtype, int64_t channels, int64_t weights, int64_t weight, int64_t bias, int64_t packed) {
+void block_pack(int dtype, int64_t channels, const FoldedLayers& layers, double eps, int64_t packed, int threads) {
   py::gil_scoped_release release;
-  kernels().block_pack(Dtype(dtype), channels, weights, pointer(weight), pointer(bias), pointer(packed));
+  kernels().block_pack(Dtype(dtype), channels, layers_of(layers), eps, pointer(packed), threads);
 }
 
 void block_forward(int dtype, int64_t batch, int64_t channels, double eps, const Views& features, int64_t packed,

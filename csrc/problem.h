@@ -75,6 +75,12 @@ struct SoftmaxGradients {
   Span<const View> queries, keys, values;
 };
 
+// A projection to be packed: weight (C, C) and bias `beta` (C), contiguous in the compute type; with the
+// scale `gamma`, mean and variance of a batch norm behind it, all (C), or null pointers.
+struct FoldedLayer {
+  const void *weight, *gamma, *beta, *mean, *var;
+};
+
 // Cross-attention block: projections and linear attention of every edge, for inference. `packed` is
 // what the engine's own packing made of the folded weights.
 struct BlockProblem {

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +17,14 @@ import torch
 from xattn_kernels.registry import ENGINES, list_backends
 
 from .configs import CONFIGS
+from .files import clip, replacing, shown
 
 if TYPE_CHECKING:
     from .sca_mtl import SCAMTL
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LINE = 300
-"""Characters of a line of an error; torch lists thousands of names in one."""
+MESSAGE, LINE = 1800, 300
+"""Characters of an error, and of a line of it; torch lists thousands of names."""
 
 EXPECTED = (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 """What wrong arguments, files and machines raise. `--traceback` shows where."""
@@ -33,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 1 if some of the images could not be predicted; 2 for arguments, checkpoints or machines
-        with which nothing could be done. Errors go to stderr.
+        0; 1 if some of the images could not be predicted, or if nobody reads what is printed; 2 for
+        arguments, checkpoints or machines with which nothing could be done; 130 after an
+        interruption. Errors go to stderr.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -42,11 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _complain("interrupted; files are complete or as before", kind="note")
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UsageError, *EXPECTED) as error:
         if options.traceback:
             raise
-        _complain(str(error) or type(error).__name__)
+        _complain(_reason(error))
         return 2
 
 
@@ -72,6 +88,11 @@ def _add_network(group: Any) -> None:
         "--random-weights",
         action="store_true",
         help="untrained, from a fixed seed: shows that everything runs, and predicts nothing",
+    )
+    group.add_argument(
+        "--key",
+        help="of the parameters in the file of torch.save, such as model_ema; default: those that "
+        "are no moving averages",
     )
     group.add_argument(
         "--config",
@@ -106,6 +127,13 @@ def _add_predict(commands: Any, network: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--compile", action="store_true", help="run by torch.compile")
+    parser.add_argument(
+        "--max-pixels",
+        type=_positive,
+        metavar="N",
+        help="refuse larger images (height times width), before they are decoded; default: what "
+        "about 8 GiB of memory are enough for",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--no-pictures", action="store_true", help="write arrays.npz only")
     what.add_argument("--no-arrays", action="store_true", help="write pictures only")
@@ -136,12 +164,14 @@ def _add_export(commands: Any, network: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from PIL import Image
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from . import predict
-    from .images import ImageError
 
+    # Too large images are refused; Pillow's warning about them would be a second line.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     predict.check_stems(options.image)
     _check_machine(options)
     predictor = predict.Predictor(
@@ -150,8 +180,9 @@ def _predict(options: argparse.Namespace) -> int:
         dtype=getattr(torch, options.dtype),
         engine=options.engine,
         compile=options.compile,
+        max_pixels=options.max_pixels,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.out)
     title = ", random weights: this is no prediction" if options.random_weights else ""
     failed = 0
     with Progress(
@@ -171,9 +202,15 @@ def _predict(options: argparse.Namespace) -> int:
                     write_arrays=not options.no_arrays,
                     title=path.name + title,
                 )
-            except ImageError as error:
+            # One image, whatever is wrong with it, does not keep the others from being done.
+            except Exception as error:
                 failed += 1
-                _complain(str(error), progress.console)
+                reason = _reason(error)
+                if not reason.startswith(shown(path)):
+                    reason = f"{shown(path)}: {reason}"
+                _complain(reason, progress.console)
+                if options.traceback:
+                    traceback.print_exception(error)
             else:
                 print(folder, flush=True)
     if failed and len(options.image) > 1:
@@ -193,12 +230,18 @@ def _export(options: argparse.Namespace) -> int:
     size = options.size or (CONFIGS[options.config].image_size if options.config else (480, 640))
     model = _network(options).eval().to(options.device, getattr(torch, options.dtype))
     size, out = (size[0], size[1]), options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_file():
+        raise UsageError(f"--out: got {shown(out)}, a folder or a device, expected a file")
+    _make_folder(out.parent)
     if options.format == "torch":
         program = export.export(
             model, size, batch=options.batch, dynamic=options.dynamic, engine=options.engine
         )
-        torch.export.save(program, out)
+        # By way of memory: torch ends the process when a disk is full.
+        data = io.BytesIO()
+        torch.export.save(program, data)
+        with replacing(out) as file:
+            file.write(data.getbuffer())
         print(f"{out}: import xattn_kernels, torch.export.load it, run it under torch.no_grad")
         return 0
     error = export.export_onnx(model, out, size, batch=options.batch, dynamic=options.dynamic)
@@ -215,7 +258,9 @@ def _network(options: argparse.Namespace) -> SCAMTL:
 
     arguments = _arguments(options)
     if options.checkpoint is not None:
-        return predict.from_checkpoint(options.checkpoint, **arguments)
+        return predict.from_checkpoint(options.checkpoint, key=options.key, **arguments)
+    if options.key is not None:
+        raise UsageError("--key: expected with --checkpoint alone")
     if "tasks" not in arguments:
         arguments = {**CONFIGS["nyud_4"].arguments(), **arguments}
     _complain("the weights are random: what comes out predicts nothing", kind="note")
@@ -259,12 +304,31 @@ def _check_machine(options: argparse.Namespace) -> None:
         raise UsageError(f"--device: got {options.device!r}, expected a device that holds data")
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--out: got {shown(path)}, where a file is, expected a folder") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {clip(text, 30)!r}, expected a positive integer")
+    return int(text)
+
+
+def _reason(error: Exception) -> str:
+    from .images import ImageError
+
+    text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
+    if isinstance(error, (UsageError, ImageError, *EXPECTED)) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
 def _complain(message: str, console: Any = None, kind: str = "error") -> None:
-    lines = [
-        line if len(line) <= LINE else f"{line[:LINE]} ... ({len(line)} characters)"
-        for line in message.strip().splitlines()
-    ]
-    text = f"{kind}: " + "\n".join(lines)
+    lines = [clip(line, LINE) for line in message.strip().splitlines()]
+    text = f"{kind}: {clip(chr(10).join(lines), MESSAGE)}"
     if console is None:
         print(text, file=sys.stderr)
     else:

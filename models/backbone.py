@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.cache import DerivedCache
-from xattn_kernels.ops.features import is_transformed
+from xattn_kernels.ops.autocast import autocast_dtype
+from xattn_kernels.ops.tracing import is_observed
 
+from .files import clip
 from .timm_compat import import_timm
 
 STRIDES = (4, 8, 16, 32)
@@ -36,8 +37,19 @@ def create_backbone(
         arguments: further arguments for `timm.create_model`.
 
     Raises:
-        ValueError: for an unknown name, and for a model without these four scales.
+        TypeError: for a name that is no text, and arguments that are no mapping.
+        ValueError: for an unknown name, for arguments that timm does not take or that are made
+            here, and for a model without these four scales.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"backbone: got {clip(repr(name), 200)}, expected the name of a timm model")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise TypeError(
+            f"backbone_arguments: got {clip(repr(arguments), 200)}, expected a dict of arguments"
+        )
+    fixed = {"features_only", "model_name", "pretrained"}.intersection(arguments or {})
+    if fixed:
+        raise ValueError(f"backbone_arguments: got {sorted(fixed)}, which are not given this way")
     timm = import_timm()
     is_hrnet = timm.models.is_model_in_modules(name.split(".")[0], ["hrnet"])
     settings: dict[str, Any] = {"out_indices": (-4, -3, -2, -1)}
@@ -50,15 +62,20 @@ def create_backbone(
     if not timm.is_model(name):
         close = timm.list_models(f"{name.split('_')[0]}*")[:8]
         raise ValueError(
-            f"backbone: got {name!r}, expected a model of timm {timm.__version__}"
+            f"backbone: got {clip(repr(name))}, expected a model of timm {timm.__version__}"
             + (f", such as {', '.join(close)}" if close else "")
         )
     settings.update(arguments or {})
     try:
         backbone = timm.create_model(name, pretrained=pretrained, features_only=True, **settings)
-    except (AssertionError, IndexError, RuntimeError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         if pretrained:
             raise
+        if arguments:
+            raise ValueError(
+                f"backbone_arguments: got {clip(repr(dict(arguments)))}, which {name} does not "
+                f"take: {type(error).__name__}: {clip(error)}"
+            ) from error
         raise ValueError(_no_pyramid(name, str(error))) from error
     strides = tuple(backbone.feature_info.reduction())
     if strides != STRIDES:
@@ -78,57 +95,30 @@ def widths(backbone: nn.Module) -> list[int]:
     return list(backbone.feature_info.channels())  # type: ignore[operator, union-attr]
 
 
-def pyramid(backbone: nn.Module, image: Tensor, cache: DerivedCache | None = None) -> list[Tensor]:
+def pyramid(backbone: nn.Module, image: Tensor) -> list[Tensor]:
     """The four feature maps (B, C_s, H / 4 / 2^s, W / 4 / 2^s) of an image (B, 3, H, W).
 
     Args:
         backbone: of `create_backbone`.
         image: in the parameters' dtype.
-        cache: keeps a copy of the backbone with its batch norms folded into the convolutions, which
-            is run instead in inference.
     """
-    sources = None if cache is None else _folded_sources(backbone, image)
-    if cache is not None and sources is not None:
-        features = cache.get("backbone", *sources, lambda: _fold(backbone))(image)
-    else:
-        features = backbone(image)
+    features = backbone(image)
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         features = [x.permute(0, 3, 1, 2) for x in features]
     return list(features)
 
 
-def _folded_sources(
-    backbone: nn.Module, image: Tensor
-) -> tuple[list[Tensor], tuple[float, ...]] | None:
-    """Parameters and buffers, and eps of the norms; None where the backbone itself must be run.
-
-    One pass over the modules: they are many, and this is done in every call.
-    """
-    if torch.compiler.is_compiling() or is_transformed():
-        return None
-    gradient = torch.is_grad_enabled()
-    if (gradient and image.requires_grad) or torch.is_autocast_enabled(image.device.type):
-        return None
-    tensors: list[Tensor] = []
-    eps: list[float] = []
-    stack = [backbone]
-    while stack:
-        module = stack.pop()
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-        if isinstance(module, nn.BatchNorm2d):
-            if normalisation.uses_batch(module):
-                return None
-            eps.append(module.eps)
-        tensors += [x for x in module._parameters.values() if x is not None]
-        tensors += [x for x in module._buffers.values() if x is not None]
-        stack += [child for child in module._modules.values() if child is not None]
-    if gradient and any(x.requires_grad for x in tensors):
-        return None
-    return tensors, tuple(eps)
+def can_fold(backbone: nn.Module, image: Tensor) -> bool:
+    """Whether `fold_backbone` computes what the backbone would: in inference, without hooks."""
+    if is_observed() or autocast_dtype(image.device.type) is not None:
+        return False
+    modules = [*backbone.modules()]
+    return not any(normalisation.is_hooked(m) for m in modules) and normalisation.is_inference(
+        [backbone], [image]
+    )
 
 
-def _fold(backbone: nn.Module) -> nn.Module:
+def fold_backbone(backbone: nn.Module) -> nn.Module:
     """A copy of a backbone whose batch norms are folded into the convolutions before them.
 
     Where that is known to be so: in `nn.Sequential`, and in timm's HRNets and ResNets, which name
@@ -154,4 +144,4 @@ def _fold(backbone: nn.Module) -> nn.Module:
 
 
 def _no_pyramid(name: str, reason: str) -> str:
-    return f"backbone: got {name!r}, expected features at strides {STRIDES}: {reason}"
+    return f"backbone: got {name!r}, expected features at strides {STRIDES}: {clip(reason)}"

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .files import replacing
+
 COLOURMAP = "viridis"
 """matplotlib's, for depth and other measures."""
 
@@ -120,10 +122,15 @@ def _black_unless_finite(output: Array, pixels: Bytes) -> Bytes:
 
 
 def save(path: Path, picture: Picture) -> None:
-    """Write a picture as PNG, with its caption as the text ``Description``."""
+    """Write a picture as PNG, with its caption as the text ``Description``.
+
+    Raises:
+        OSError: if it cannot be written; there is no part of it then, and a file from before stays.
+    """
     info = PngInfo()
     info.add_text("Description", picture.caption)
-    Image.fromarray(picture.pixels).save(path, format="PNG", pnginfo=info)
+    with replacing(path) as file:
+        Image.fromarray(picture.pixels).save(file, format="PNG", pnginfo=info)
 
 
 def sheet(
@@ -138,12 +145,16 @@ def sheet(
     """Write an image and the pictures of its predictions side by side, with their captions.
 
     Args:
-        path: file to write; its suffix gives the format.
+        path: file to write; its suffix gives the format, PNG without one.
         image: what was predicted from.
         pictures: by task.
         title: a line above all.
         width: of a panel, in inches.
         dpi: pixels per inch.
+
+    Raises:
+        OSError: as `save`.
+        ValueError: for an unknown format.
     """
     # Not pyplot, which would keep figures and choose a backend for the whole process.
     from matplotlib.figure import Figure
@@ -164,7 +175,8 @@ def sheet(
         axes.axis("off")
     if title:
         figure.suptitle(title, fontsize="medium", parse_math=False)
-    figure.savefig(path, dpi=dpi)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=dpi, format=path.suffix[1:] or "png")
 
 
 def _columns(panels: int) -> int:

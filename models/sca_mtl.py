@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_kernels.modules import CrossScaleHead, CrossTaskAttention
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import check_names, check_width
+from xattn_kernels.modules.freezing import Freezable, refuse_proxies
+from xattn_kernels.modules.normalisation import first_parameter
+from xattn_kernels.ops.autocast import autocast_dtype
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order
 
-from .backbone import STRIDES, create_backbone, pyramid, widths
+from .arguments import plain_integer, plain_names, plain_outputs
+from .backbone import STRIDES, can_fold, create_backbone, fold_backbone, pyramid, widths
+from .files import listing
 from .propagation import FeaturePropagation
 from .task_heads import InitialPrediction
 from .window_attention import WindowTransformer, heads_for
@@ -27,7 +32,7 @@ SCALES = len(STRIDES)
 Output = dict[str, Any]
 
 
-class SCAMTL(CacheOwner):
+class SCAMTL(Freezable):
     """Dense predictions of several tasks from one image.
 
     With b_s a feature map of the backbone at stride 2^(s+2), for scales s = 3, 2, 1, 0::
@@ -45,9 +50,9 @@ class SCAMTL(CacheOwner):
     ``backbone.*``, ``swTransform{1..4}.*``, ``fpm_scale_{3,2,1}.*``, ``scale_{0..3}.*``,
     ``distillation_scale_{0..3}.*``, ``heads.<t>.*``.
 
-    `sca_mtl` builds one from the name of a backbone. In inference, copies of the weights with batch
-    norms folded in are kept beside the parameters; they follow every change of these but writes
-    through ``tensor.data``, after which `clear_cache` is due.
+    `sca_mtl` builds one from the name of a backbone. `xattn_kernels.freeze_` makes inference
+    faster: it keeps copies of the weights with batch norms folded in, and promises that nobody
+    writes to the parameters.
 
     Args:
         backbone: a pyramid of four scales, see `create_backbone`.
@@ -85,22 +90,22 @@ class SCAMTL(CacheOwner):
         recompute: bool | str = "auto",
         task_softmax: bool = False,
     ) -> None:
-        check_names("tasks", tasks)
+        tasks = check_names("tasks", tasks)
+        sources = tasks
         if auxiliary_tasks is not None:
-            check_names("auxiliary_tasks", auxiliary_tasks)
-        sources = tuple(tasks if auxiliary_tasks is None else auxiliary_tasks)
+            auxiliary_tasks = sources = check_names("auxiliary_tasks", auxiliary_tasks)
         if set(num_outputs) != set(sources):
             raise ValueError(
                 f"num_outputs: got tasks {list(num_outputs)}, expected those of the network, "
                 f"{list(sources)}"
             )
-        for task, count in num_outputs.items():
-            check_width(f"num_outputs[{task!r}]", count)
+        num_outputs = {
+            task: check_width(f"num_outputs[{task!r}]", num_outputs[task]) for task in sources
+        }
         super().__init__()
-        self._cache = DerivedCache()
-        self.tasks = tuple(tasks)
+        self.tasks = tasks
         self.auxiliary_tasks = sources
-        self.num_outputs = {task: num_outputs[task] for task in sources}
+        self.num_outputs = num_outputs
         base = widths(backbone)
         self.channels = tuple(2 * width for width in base)
 
@@ -141,12 +146,13 @@ class SCAMTL(CacheOwner):
             TypeError: for another dtype.
             ValueError: for another shape or device; in training, for a single value per channel.
         """
-        _check_image(image, next(self.parameters()))
+        refuse_proxies(self, image)
+        _check_image(image, first_parameter(self))
         size = image.shape[2:]
-        image = image.contiguous(memory_format=torch.channels_last)
+        image = in_order(image, CHANNELS_LAST)
         scales = [
             torch.cat([self.get_submodule(f"swTransform{s + 1}")(x), x], dim=1)
-            for s, x in enumerate(pyramid(self.backbone, image, self._cache))
+            for s, x in enumerate(self._pyramid(image))
         ]
         refined: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         supervised = {}
@@ -167,13 +173,20 @@ class SCAMTL(CacheOwner):
         output["deep_supervision"] = {f"scale_{s}": supervised[s] for s in range(SCALES)}
         return output
 
+    def _pyramid(self, image: Tensor) -> list[Tensor]:
+        """The backbone's features; while frozen, of a copy with its batch norms folded."""
+        backbone = self.backbone
+        if self._frozen is not None and can_fold(backbone, image):
+            backbone = self.derived("backbone", lambda: fold_backbone(backbone))
+        return pyramid(backbone, image)
+
 
 def sca_mtl(
-    tasks: Sequence[str] = ("semseg", "depth", "normals", "edge"),
+    tasks: Iterable[str] = ("semseg", "depth", "normals", "edge"),
     num_outputs: Mapping[str, int] | None = None,
     backbone: str = "hrnet_w18_small_v2",
     pretrained: bool = False,
-    auxiliary_tasks: Sequence[str] | None = None,
+    auxiliary_tasks: Iterable[str] | None = None,
     kind: str = "linear",
     *,
     heads: int = 1,
@@ -186,7 +199,7 @@ def sca_mtl(
     A published one is ``sca_mtl(**config("nyud_4").arguments())``, see `xattn_models.CONFIGS`.
 
     Args:
-        tasks: see `SCAMTL`.
+        tasks: see `SCAMTL`; any iterable with an order, such as the keys of a dict.
         num_outputs: channels of every task's output; by default those of `OUTPUTS`.
         backbone: name of a timm model with features at strides 4, 8, 16 and 32, such as
             "hrnet_w18_small_v2" (the published one), "hrnet_w48", "resnet50",
@@ -201,19 +214,25 @@ def sca_mtl(
 
     Raises:
         ModuleNotFoundError: without timm; says how to install it.
-        ValueError: for a backbone without these scales, an unknown name, a task whose number of
-            outputs is not known, and as `SCAMTL`.
+        TypeError: for numbers of outputs that are no mapping, and as `create_backbone`.
+        ValueError: for a backbone without these scales, an unknown name, tasks without an order, a
+            task whose number of outputs is not known, and as `SCAMTL`.
     """
+    tasks = plain_names("tasks", tasks)
+    if auxiliary_tasks is not None:
+        auxiliary_tasks = plain_names("auxiliary_tasks", auxiliary_tasks)
     if num_outputs is None:
         names = tasks if auxiliary_tasks is None else auxiliary_tasks
         check_names("tasks", names)
         unknown = [task for task in names if task not in OUTPUTS]
         if unknown:
             raise ValueError(
-                f"num_outputs: got None, expected the numbers of outputs, for {unknown} are not "
-                f"among the known tasks {list(OUTPUTS)}"
+                f"num_outputs: got None, expected the numbers of outputs, for {listing(unknown)} "
+                f"are not among the known tasks {list(OUTPUTS)}"
             )
         num_outputs = {task: OUTPUTS[task] for task in names}
+    num_outputs = plain_outputs("num_outputs", num_outputs)
+    heads = plain_integer(heads)
     model = SCAMTL(
         create_backbone(backbone, pretrained=pretrained, arguments=backbone_arguments),
         tasks,
@@ -225,10 +244,10 @@ def sca_mtl(
         task_softmax=task_softmax,
     )
     model.settings = {
-        "tasks": list(tasks),
-        "num_outputs": dict(num_outputs),
+        "tasks": tasks,
+        "num_outputs": num_outputs,
         "backbone": backbone,
-        "auxiliary_tasks": None if auxiliary_tasks is None else list(auxiliary_tasks),
+        "auxiliary_tasks": auxiliary_tasks,
         "kind": kind,
         "heads": heads,
         "recompute": recompute,
@@ -250,8 +269,13 @@ def _check_image(image: Tensor, parameter: Tensor) -> None:
             f"image: got height {height} and width {width}, expected multiples of {STRIDES[-1]}; "
             "xattn_models.predict pads images of other sizes and crops what it predicts"
         )
-    if image.dtype != parameter.dtype and not torch.is_autocast_enabled(image.device.type):
+    if image.dtype != parameter.dtype and autocast_dtype(image.device.type) is None:
         raise TypeError(f"image: got {image.dtype}, expected {parameter.dtype}, as the parameters")
+    if image.is_meta:
+        raise ValueError(
+            f"image: got a tensor of shape {tuple(image.shape)} on meta, expected one with data; for "
+            "shapes alone, call the model under torch._subclasses.FakeTensorMode"
+        )
     if image.device != parameter.device:
         raise ValueError(
             f"image: got a tensor on {image.device}, expected {parameter.device} as the parameters"

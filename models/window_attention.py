@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
-from xattn_kernels.modules.layers import is_stock
+from xattn_kernels.modules.layers import is_stock, keeps_size
+from xattn_kernels.ops.autocast import autocast_dtype
+from xattn_kernels.ops.tracing import is_observed
 
 from .timm_compat import import_timm
 
@@ -79,35 +80,59 @@ class WindowTransformer(nn.Module):
         return normalised.permute(0, 3, 1, 2)
 
 
-class WindowBlock(CacheOwner):
+class WindowBlock(nn.Module):
     """x + DropPath(attention(LayerNorm(x))) within windows, on tokens (B, H, W, C).
 
     The map is padded at the right and at the bottom to whole windows, after the norm; padded tokens
-    are attended to like others. `norm2` takes no part: the reference has it, left over from the
-    MLP.
+    are attended to like others. `norm2` takes no part: it stands in checkpoints of the reference.
     """
 
     def __init__(self, channels: int, heads: int, *, shift: int, drop_path: float) -> None:
         super().__init__()
-        self._cache = DerivedCache()
         self.shift = shift
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads)
         self.drop_path: nn.Module = nn.Identity()
         if drop_path:
             self.drop_path = import_timm().layers.DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = UnusedNorm(channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        batch, height, width, _ = tokens.shape
-
-        def make() -> Windows:
-            with torch.inference_mode(False):  # for they are kept, and training may follow
-                return windows(batch, height, width, self.shift, tokens.device)
-
-        plan = self._cache.get("windows", [], (batch, height, width, tokens.device), make)
-        result: Tensor = tokens + self.drop_path(self.attn(self.norm1(tokens), plan))
+        plan = windows(tokens.shape[0], tokens.shape[1], tokens.shape[2], self.shift, tokens.device)
+        result = self.norm2(tokens + self.drop_path(self.attn(self.norm1(tokens), plan)))
+        assert isinstance(result, Tensor)
         return result
+
+
+class UnusedNorm(nn.LayerNorm):
+    """A layer norm that takes no part in anything: returns its input.
+
+    Its parameters require no gradient, for which DistributedDataParallel would wait in vain. If
+    they are made to, their gradient is zero.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in (self.weight, self.bias)):
+            x = _Unused.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return x
+
+
+class _Unused(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *map(torch.zeros_like, ctx.saved_tensors)
 
 
 class WindowAttention(nn.Module):
@@ -199,7 +224,7 @@ def windows(batch: int, height: int, width: int, shift: int, device: torch.devic
     rolled = torch.roll(padded, (-shift, -shift), (1, 2))
     grid = rolled.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
     grid = grid.flatten(3)  # (B, rows of windows, columns of windows, 49)
-    wrapped = torch.arange(WINDOW, device=device) >= WINDOW - shift
+    wrapped = (torch.arange(WINDOW, device=device) >= WINDOW - shift).int()
     at_right, at_bottom = (
         side[:, None] != side
         for side in (wrapped.repeat(WINDOW), wrapped.repeat_interleave(WINDOW))
@@ -240,7 +265,8 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     In float32 on a CPU as a convolution in channels_last, which has about twice the speed of
     torch's product of matrices.
     """
-    if not _is_faster_convolved(x) or not is_stock(layer):
+    stock = type(layer) is nn.Linear or keeps_size(layer, 1)
+    if not (stock and is_stock(layer) and _is_faster_convolved(x)):
         result: Tensor
         if isinstance(layer, nn.Conv2d):
             result = layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -263,6 +289,6 @@ def _is_faster_convolved(x: Tensor) -> bool:
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and autocast_dtype("cpu") is None
+        and not is_observed()
     )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn_kernels.testing import op_by_op
 from xattn_models import op_by_op as network
 
 TASKS = ("semseg", "depth", "normals")
@@ -98,6 +99,62 @@ class GlobalContextAttentionBlock(nn.Module):
         weights = (query.transpose(1, 2) @ key.sum(2, keepdim=True)).transpose(1, 2)
         y = (value @ key.transpose(1, 2)) @ query / weights.clamp_min(self.eps)
         return y.unflatten(2, target_task_feats.shape[2:])
+
+
+class Attention(nn.Module):
+    """The same in parts, for others to replace one of them."""
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__()
+        layers = [op_by_op.Projection(channels, channels) for _ in range(5)]
+        self.query_project = nn.ModuleList(layers[:2])
+        self.key_project = nn.ModuleList(layers[2:4])
+        self.value_project = layers[4]
+
+    def rectify(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+    def divide(self, numerator: Tensor, denominator: Tensor) -> Tensor:
+        return numerator / denominator.clamp_min(1e-12)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key = self.activate(query), self.activate(key)
+        denominator = key.sum(dim=2).unsqueeze(1) @ query
+        return self.divide((value @ key.mT) @ query, denominator)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        query = self.query_project[1](self.rectify(self.query_project[0](target)))
+        key = self.key_project[1](self.rectify(self.key_project[0](source)))
+        value = self.rectify(self.value_project(source))
+        return self.attend(query.flatten(2), key.flatten(2), value.flatten(2)).view_as(target)
+
+
+class Residual(nn.Module):
+    """A residual block in parts, for others to replace one of them."""
+
+    def __init__(self, channels: int = 6, **others: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        for name, module in others.items():
+            setattr(self, name, module)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.activate(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(self.add(self.body(x), x))
 
 
 class Pair(nn.Module):

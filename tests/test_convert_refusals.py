@@ -119,10 +119,10 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: GlobalContextAttentionBlock(8, query=nn.ReLU()),
         "its results differ",
     ),
-    "only in training": (lambda: NoisyInTraining(8), "its results differ .* by 9.9e-03"),
+    "only in training": (lambda: NoisyInTraining(8), "its code reads training: it may"),
     "softmax": (
         lambda: network.GlobalContextAttentionBlock(8, kind="softmax"),
-        "its results differ",
+        "it computes mul with the number 0.35.*, where a tensor is expected",
     ),
     "eps": (lambda: with_eps(1e-6), "eps of the block itself is 1e-06, where 1e-12"),
     "hook inside": (lambda: hooked("query_project.1"), "hooks on query_project.1 would not run"),
@@ -143,7 +143,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tuple": (lambda: Tuple(8), "it returned a tuple"),
     "instance norm": (
         lambda: with_norm(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
-        "value_project.bn is InstanceNorm2d, where _BatchNorm is expected",
+        "value_project.bn is InstanceNorm2d, where BatchNorm2d is expected",
     ),
     "other names": (
         lambda: type("GlobalContextAttentionBlock", (nn.Identity,), {})(),
@@ -220,7 +220,7 @@ def test_rows_in_different_orders() -> None:
 
 
 class FirstComesFirst(network.MultiTaskDistillationModule):
-    """Sources in the order of the tasks: other results from the same parameters."""
+    """Samples in reverse order: other results from the same parameters."""
 
     def forward(self, x: Any) -> Any:
         swapped = {f"features_{t}": x[f"features_{t}"] for t in self.tasks}
@@ -229,7 +229,7 @@ class FirstComesFirst(network.MultiTaskDistillationModule):
 
 def test_other_composition_of_a_module() -> None:
     [entry, *_] = convert_(nn.ModuleList([FirstComesFirst(TASKS, TASKS, 4)]))
-    assert "results differ" in entry.reason and entry.difference > 0.1
+    assert entry.reason == "its code calls torch.Tensor.flip, which its replacement does not"
 
 
 class InPixels(op_by_op.CrossScaleHead):
@@ -241,5 +241,5 @@ class InPixels(op_by_op.CrossScaleHead):
 
 def test_other_size_of_an_output() -> None:
     [entry, *inner] = convert_(nn.ModuleList([InPixels((4, 6), 2)]))
-    assert "it returns torch.float64 (2, 2, 8, 16), its replacement" in entry.reason
+    assert entry.reason == "it computes aten::upsample_nearest2d, which its replacement does not"
     assert [e.replacement for e in inner] == ["ConvertedCrossAttention"]

@@ -19,6 +19,7 @@ from xattn_kernels.schedule import Edge, Schedule
 
 if TYPE_CHECKING:
     from xattn_kernels.convert import ConversionReport, convert_, revert_
+    from xattn_kernels.modules.freezing import freeze_, frozen, unfreeze_
 
 __all__ = [
     "ConversionReport",
@@ -30,6 +31,8 @@ __all__ = [
     "cross_attention_block",
     "cross_attention_block_training",
     "explain",
+    "freeze_",
+    "frozen",
     "linear_cross_attention",
     "list_backends",
     "pack_block_weights",
@@ -37,15 +40,20 @@ __all__ = [
     "revert_",
     "set_backend",
     "softmax_cross_attention",
+    "unfreeze_",
 ]
 
 flops.register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    """Conversion of models is loaded when it is first asked for."""
+    """What works on models is loaded when it is first asked for."""
     if name in ("ConversionReport", "convert_", "revert_"):
         from xattn_kernels import convert
 
         return getattr(convert, name)
+    if name in ("freeze_", "frozen", "unfreeze_"):
+        from xattn_kernels.modules import freezing
+
+        return getattr(freezing, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,24 +7,44 @@ Known blocks are those of ATRC and SCA-MTL: the global-context attention block (
 the cross-task module of one scale that takes a dict with `features_<task>` (`CrossTaskAttention`)
 and the head with cross-scale attention and aggregation (`CrossScaleHead`); besides, the residual
 blocks around them (two 3x3 convolutions), whose batch norms are folded in inference. They are
-recognised by the names and shapes of their parameters, whatever their class. What cannot be seen
-there is tried: copies of the block and of its replacement run on random features, in inference and
-in training, and have to agree in outputs, gradients and running statistics.
+recognised by the names and shapes of their parameters, whatever their class. A block is swapped if
+all of this shows nothing that its replacement would not do:
+
+- its Python code may depend on nothing but its input, tensors and settings (`convert_code`);
+- between its layers it may run the operators of a known block, with the same constants, and nothing
+  else, not even what does nothing today (`convert_operators`);
+- it may not decide by the size of its input, except where a length is 1, which is tried
+  (`convert_sizes`);
+- copies of it and of its replacement have to agree in outputs, gradients and running statistics,
+  for features and parameters of all magnitudes and signs, in inference and in training
+  (`convert_trial`).
+
+What cannot be shown to be equal is left, with the reason.
 
 Instances are swapped; classes are left alone. A replacement holds the very layers of the block it
 stands for (the same `nn.Conv2d` and batch norm objects), so parameters, their names and order in a
 `state_dict`, optimisers, hooks on layers and settings of batch norms stay what they are.
+
+A swapped block that is changed goes back to the model's own `forward`, with the layers and
+attributes as they are then, until the change is undone. That covers layers that are dilated,
+replaced or given a `forward` of their own, activations and dropout of the block, and its
+attributes, set on the replacement, on its parts or on the model's own block. So networks can be
+modified after `convert_` as before it. Activations and whatever else the replacement has no use for
+are its attributes (`block.relu`), and no children of it: `named_modules` does not list them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from xattn_kernels.convert_blocks import KINDS, OURS, Converted, Left, assemble, kind_of
+from xattn_kernels.convert_blocks import KINDS, OURS, assemble, kind_of
+from xattn_kernels.convert_code import Left, read_code
+from xattn_kernels.convert_settings import settings_of
+from xattn_kernels.convert_swapped import Converted, user_modules
 from xattn_kernels.convert_trial import largest_difference
 
 __all__ = ["KINDS", "TOLERANCE", "Conversion", "ConversionReport", "convert_", "revert_"]
@@ -96,8 +116,14 @@ def convert_(
     A block is left, and the report says why, if anything of it could not be carried over exactly:
     other shapes (ATRC's change of width), further parameters or submodules, dropout, batch norms
     without weights, another eps of the attention, hooks on inner modules, a replaced or compiled
-    `forward`, or results that differ when tried. Hooks on the block, on attention blocks inside it
-    and on its layers stay, and layers with hooks are called as before.
+    `forward`, other operators, code that depends on more than its input and settings, or results
+    that differ when tried. Blocks of one class with equal settings and shapes are tried once. Hooks
+    on the block, on attention blocks inside it and on its layers stay, and layers with hooks are
+    called as before.
+
+    A block that is changed after it was swapped computes what the model's own block would, with the
+    change, by the model's own `forward`: see the module's docstring. Only in replicas of
+    `DataParallel` and with maps that `shard_rows` splits, that is a RuntimeError.
 
     Other references to a block (a list in an attribute, say) keep calling the model's own block,
     with the same parameters.
@@ -137,8 +163,8 @@ def convert_(
 def revert_(model: nn.Module) -> tuple[str, ...]:
     """Put back what `convert_` swapped: the same objects, with the parameters as they are now.
 
-    Modes (`train`, `eval`) go along, and layers that were exchanged in the meantime, as
-    `SyncBatchNorm.convert_sync_batchnorm` does.
+    Modes (`train`, `eval`) go along, and what was set in the meantime: attributes, and layers that
+    were exchanged, as `SyncBatchNorm.convert_sync_batchnorm` does.
 
     Returns:
         The names of the blocks that were put back.
@@ -166,6 +192,7 @@ class _Plan:
         self.swaps: list[tuple[nn.Module, str, nn.Module]] = []
         self.entries: list[Conversion] = []
         self._known: dict[int, tuple[nn.Module | None, Conversion]] = {}
+        self._verdicts: dict[Hashable, tuple[float | None, str]] = {}
         self._visited: set[int] = set()
 
     def visit(self, parent: nn.Module, path: str) -> None:
@@ -180,7 +207,7 @@ class _Plan:
             kind = kind_of(child)
             if kind is not None and kind in self.kinds:
                 if id(child) not in self._known:
-                    self._known[id(child)] = _convert(child, kind, parent)
+                    self._known[id(child)] = self._convert(child, kind, parent)
                 replacement, entry = self._known[id(child)]
                 self.entries.append(replace(entry, name=where))
                 if replacement is not None:
@@ -188,30 +215,48 @@ class _Plan:
                     continue
             self.visit(child, where)
 
+    def _convert(
+        self, original: nn.Module, kind: str, parent: nn.Module
+    ) -> tuple[nn.Module | None, Conversion]:
+        """The replacement or None, and the report without the name."""
+        entry = Conversion("", type(original).__name__, kind)
+        try:
+            if isinstance(original, torch.jit.ScriptModule):
+                raise Left("it was scripted; convert before scripting")
+            if hasattr(parent, "_orig_mod"):
+                raise Left("it was compiled by itself; convert before compiling")
+            replacement = assemble(original, kind)
+            replacement.rely_on_settings()
+            difference, reason = self._verdict(original, kind)
+            if difference is not None and not difference <= TOLERANCE:
+                reason = (
+                    f"its results differ from those of {type(replacement).__name__} by "
+                    f"{difference:.1e} (relative L2), allowed {TOLERANCE:.0e}"
+                )
+            if reason:
+                raise Left(reason, difference)
+        except Left as left:
+            return None, replace(entry, reason=str(left), difference=left.difference)
+        return replacement, replace(
+            entry, replacement=type(replacement).__name__, difference=difference
+        )
 
-def _convert(
-    original: nn.Module, kind: str, parent: nn.Module
-) -> tuple[nn.Module | None, Conversion]:
-    """The replacement or None, and the report without the name."""
-    entry = Conversion("", type(original).__name__, kind)
-    try:
-        if isinstance(original, torch.jit.ScriptModule):
-            raise Left("it was scripted; convert before scripting")
-        if hasattr(parent, "_orig_mod"):
-            raise Left("it was compiled by itself; convert before compiling")
-        replacement = assemble(original, kind)
-        difference = largest_difference(original, kind)
-        if not difference <= TOLERANCE:
-            raise Left(
-                f"its results differ from those of {type(replacement).__name__} by "
-                f"{difference:.1e} (relative L2), allowed {TOLERANCE:.0e}",
-                difference,
-            )
-    except Left as left:
-        return None, replace(entry, reason=str(left), difference=left.difference)
-    return replacement, replace(
-        entry, replacement=type(replacement).__name__, difference=difference
-    )
+    def _verdict(self, original: nn.Module, kind: str) -> tuple[float | None, str]:
+        """The largest difference found, or None and why there is none; once for equal blocks."""
+        modules = dict(user_modules(original))
+        tensors = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+        key = (
+            kind,
+            tuple(map(type, modules.values())),
+            settings_of(modules, read_code(modules.values()), frozenset()),
+            tuple((name, x.shape, x.dtype, x.device) for name, x in tensors.items()),
+        )
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = largest_difference(original, kind), ""
+            except Left as left:
+                self._verdicts[key] = None, str(left)
+        return self._verdicts[key]
 
 
 def _put_back(parent: nn.Module, path: str, names: list[str], visited: set[int]) -> None:

@@ -9,18 +9,25 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xattn_kernels.convert_code import Left, is_idle
+from xattn_kernels.convert_settings import CALL_HOOKS
+from xattn_kernels.convert_swapped import (
+    Converted,
+    ConvertedCrossAttention,
+    ConvertedCrossScaleHead,
+    ConvertedCrossTaskAttention,
+    ConvertedResidualBlock,
+)
 from xattn_kernels.modules import (
     CrossAttention,
     CrossScaleAttention,
     CrossScaleHead,
     CrossTaskAttention,
 )
-from xattn_kernels.modules.checks import in_format_of
 from xattn_kernels.modules.layers import BasicBlock
 
 KINDS = ("cross_attention", "cross_task_attention", "cross_scale_head", "residual_block")
@@ -33,36 +40,20 @@ _CLASSES = {
 }
 _EPS = 1e-12
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: nn.Conv2d,
-    nn.BatchNorm2d: nn.modules.batchnorm._BatchNorm,
-    nn.ReLU: nn.ReLU,
+_LAYERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.Conv2d: (nn.Conv2d,),
+    nn.BatchNorm2d: (nn.BatchNorm2d, nn.SyncBatchNorm),
+    nn.ReLU: (nn.ReLU,),
 }
+_CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _STATELESS = (nn.ReLU, nn.Softplus, nn.Identity, nn.Upsample)
-_CALL_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-HOOKS = _CALL_HOOKS + _STATE_HOOKS
-
-
-class Left(Exception):
-    """Why a block is not swapped."""
-
-    def __init__(self, reason: str, difference: float | None = None) -> None:
-        super().__init__(reason)
-        self.difference = difference
+HOOKS = CALL_HOOKS + _STATE_HOOKS
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -75,79 +66,22 @@ def kind_of(module: nn.Module) -> str | None:
     if children >= {"query_project", "key_project", "value_project"}:
         return "cross_attention"
     layers = {"conv1", "bn1", "conv2", "bn2"}
-    if children >= layers and all(
-        child is None or isinstance(child, _STATELESS) or name in layers | {"downsample"}
+    if children >= layers and not any(
+        _has_layers(child)
         for name, child in module._modules.items()
+        if child is not None and name not in layers | {"downsample"}
     ):
         return "residual_block"
     return _CLASSES.get(type(module).__name__)
 
 
-class Converted(nn.Module):
-    """A block of this library that stands for one of the user's and shares its layers."""
-
-    def stand_for(self, original: nn.Module, arguments: Sequence[str], shared: list[str]) -> None:
-        """Remember the original, out of sight of `nn.Module`, and take on what it carries."""
-        self.__dict__["_original"] = original
-        self._arguments = tuple(arguments)
-        self._shared = tuple(shared)
-        for key, value in vars(original).items():
-            if not hasattr(self, key):
-                self.__dict__[key] = value
-
-    def release(self) -> nn.Module:
-        """The original, brought up to date."""
-        original: nn.Module = self.__dict__["_original"]
-        for path in self._shared:
-            parent, _, name = path.rpartition(".")
-            original.get_submodule(parent)._modules[name] = self.get_submodule(path)
-        ours = dict(self.named_modules(remove_duplicate=False))
-        for path, module in original.named_modules(remove_duplicate=False):
-            while path not in ours:  # an activation: its mode is that of what it is in
-                path = path.rpartition(".")[0]
-            module.training = ours[path].training
-            module._is_full_backward_hook = ours[path]._is_full_backward_hook
-        return original
-
-    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments of a call by position, under the names that the original gives them."""
-        if not kwargs:
-            return args
-        rest = self._arguments[len(args) :]
-        if set(rest) != set(kwargs):
-            raise TypeError(f"got arguments {list(kwargs)}, expected {list(rest)}")
-        return (*args, *(kwargs[name] for name in rest))
-
-
-class ConvertedCrossAttention(Converted, CrossAttention):
-    """`CrossAttention`, called as the original: target, source."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return CrossAttention.forward(self, *self.in_order(args, kwargs))
-
-
-class ConvertedCrossTaskAttention(Converted, CrossTaskAttention):
-    """`CrossTaskAttention`, called as the original: with a dict that has `features_<task>`."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        (given,) = self.in_order(args, kwargs)
-        features = {task: given[f"features_{task}"] for task in self.auxiliary_tasks}
-        return CrossTaskAttention.forward(self, features)
-
-
-class ConvertedCrossScaleHead(Converted, CrossScaleHead):
-    """`CrossScaleHead`, called as the original: with a list of scales, finest first."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return CrossScaleHead.forward(self, *self.in_order(args, kwargs))
-
-
-class ConvertedResidualBlock(Converted, BasicBlock):
-    """`BasicBlock`, called as the original: with one map."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        (x,) = self.in_order(args, kwargs)
-        return in_format_of(BasicBlock.forward(self, x), x)
+def _has_layers(module: nn.Module) -> bool:
+    """Whether there are layers in it of the kinds that residual blocks are made of."""
+    norm = nn.modules.batchnorm._BatchNorm
+    return any(
+        isinstance(part, norm) or (isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1))
+        for part in module.modules()
+    )
 
 
 def assemble(original: nn.Module, kind: str) -> Converted:
@@ -165,14 +99,8 @@ def assemble(original: nn.Module, kind: str) -> Converted:
     for path in shared:
         parent, _, name = path.rpartition(".")
         module.get_submodule(parent)._modules[name] = original.get_submodule(path)
-    for path in carried:
-        mine, its = module.get_submodule(path), original.get_submodule(path)
-        for hooks in _CALL_HOOKS:  # the same dicts, so that handles can still remove them
-            mine.__dict__[hooks] = its.__dict__[hooks]
-        mine._is_full_backward_hook = its._is_full_backward_hook
     for path, mine in module.named_modules(remove_duplicate=False):
         its = original.get_submodule(path)
-        mine.training = its.training
         if not isinstance(mine, nn.Sequential | nn.ModuleDict | nn.ModuleList):
             order = [name for name in its._modules if name in mine._modules]
             mine._modules = {name: mine._modules[name] for name in order}
@@ -282,17 +210,22 @@ def _check_modules(
     """Layers, what is between them, hooks, and settings that only the attention has."""
     its = dict(original.named_modules(remove_duplicate=False))
     for path in shared:
-        expected = _LAYERS[type(module.get_submodule(path))]
-        if path not in its or not isinstance(its[path], expected):
+        layer = module.get_submodule(path)
+        expected = _LAYERS[type(layer)]
+        if path not in its or type(its[path]) not in expected:
             found = type(its[path]).__name__ if path in its else "missing"
-            raise Left(f"its {path} is {found}, where {expected.__name__} is expected")
+            raise Left(f"its {path} is {found}, where {expected[0].__name__} is expected")
+        for name in _CONVOLUTION if isinstance(layer, nn.Conv2d) else ():
+            found, wanted = getattr(its[path], name), getattr(layer, name)
+            if found != wanted:
+                raise Left(f"its {path} has {name} {found}, where {wanted} is expected")
     mine = dict(module.named_modules(remove_duplicate=False))
     missing = [path for path in mine if path not in its]
     if missing:
         raise Left(f"it has no {_some(missing)}")
     for path, part in its.items():
         where = path or "the block itself"
-        if path not in mine and not isinstance(part, _STATELESS) and not _is_idle(part):
+        if path not in mine and not (isinstance(part, _STATELESS) or is_idle(part)):
             raise Left(f"it has an unknown submodule {path} ({type(part).__name__})")
         eps = getattr(part, "eps", _EPS) if path in carried else _EPS
         if eps != _EPS:
@@ -302,10 +235,6 @@ def _check_modules(
         hooks = HOOKS if path not in carried else _STATE_HOOKS
         if any(part.__dict__[name] for name in hooks):
             raise Left(f"hooks on {where} would not run")
-
-
-def _is_idle(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

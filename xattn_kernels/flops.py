@@ -272,6 +272,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "softmax_cross_attention": _softmax,
     "softmax_cross_attention_backward": _softmax_backward,
     "cross_attention_block": _block,
+    "cross_attention_block_out": _block,
     **{f"cross_attention_block_training{name}": formula for name, formula in _PASSES.items()},
     "pyramid_projection": _pyramid,
     "pyramid_projection_backward": _pyramid_backward,

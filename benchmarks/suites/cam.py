@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xattn_kernels.cost import MapSize, attention_cost
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
+from xattn_kernels.functional.block import attend_packed, fold_block_weights
 from xattn_kernels.ops import native
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
@@ -21,7 +22,9 @@ from ..core import TIMES, Bar, Plot, Preset, Result, Series, measured, milliseco
 from ..problems import SCALES, SCHEDULE, OpByOpSet, Scale
 
 OP_BY_OP, COMPILED, FUSED, BF16 = "op by op", "compiled", "fused", "fused bf16"
+FOLDING = "fused, folding"
 VS_OP_BY_OP, VS_COMPILED, GAIN = "vs op by op", "vs compiled", "bf16 vs fp32"
+VS_FROZEN = "folding / frozen"
 
 SHARE = 0.6
 """Of the preset's time for one comparison, for each scale."""
@@ -33,11 +36,15 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
     """Check and time all scales."""
     result = Result(
         "CAM set: 12 edges, T=4, B=1, inference, NCHW",
-        ["scale", OP_BY_OP, COMPILED, FUSED, VS_OP_BY_OP, VS_COMPILED, "GFLOP/s", BF16, GAIN],
+        [
+            *("scale", OP_BY_OP, COMPILED, FUSED, VS_OP_BY_OP, VS_COMPILED, "GFLOP/s", BF16, GAIN),
+            *(FOLDING, VS_FROZEN),
+        ],
         question=2,
         notes=[
             f"{TIMES}; every call allocates its outputs. compiled: torch.compile of op by op, all "
-            "edges in one graph."
+            "edges in one graph. fused: with packed weights, as frozen modules keep them; folding: "
+            "batch norms folded and packed in every call, as modules do that are not frozen."
         ],
     )
     missing = {
@@ -60,6 +67,7 @@ def run(preset: Preset, say: Callable[[str], None]) -> Result:
         row["GFLOP/s"] = _flops(scale) / medians[FUSED] / 1e9
         if COMPILED in medians:
             row[VS_COMPILED] = medians[COMPILED] / medians[FUSED]
+        row[VS_FROZEN] = medians[FOLDING] / medians[FUSED]
         if BF16 in medians:
             row[GAIN] = medians[FUSED] / medians[BF16]
         result.rows.append(row)
@@ -105,6 +113,8 @@ def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> d
         compiled: Any = torch.compile(model)
         calls[COMPILED] = torch.no_grad()(lambda: compiled(features))
     calls[FUSED] = _fused(features, weight, bias)
+    layers = model.layers()
+    calls[FOLDING] = lambda: attend_packed(features, _folded(layers, features[0].dtype), SCHEDULE)
 
     def by_module(xs: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -124,6 +134,19 @@ def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> d
 def _fused(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:
     packed = pack_block_weights(weight, bias, features[0].dtype)
     return lambda: cross_attention_block(features, weight, bias, SCHEDULE, packed=packed)
+
+
+def _folded(layers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    norms = [layer.bn for layer in layers]
+    return fold_block_weights(
+        [layer.conv.weight for layer in layers],
+        [bn.weight for bn in norms],
+        [bn.bias for bn in norms],
+        [bn.running_mean for bn in norms],
+        [bn.running_var for bn in norms],
+        norms[0].eps,
+        dtype,
+    )
 
 
 def _bf16(scale: Scale, features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:
@@ -157,6 +180,13 @@ def _bars(rows: Sequence[dict[str, Any]], missing: dict[str, str | None], of: st
             geometric_mean(compiled) if compiled else None,
             "x",
             no_compile,
+        ),
+        Bar(
+            f"CAM set, folding / frozen, geometric mean{of}",
+            1.1,
+            "<=",
+            geometric_mean([row[VS_FROZEN] for row in rows]),
+            "x",
         ),
         Bar("CAM set, op by op / fused at scale 0", 4.0, ">=", by_op[0], "x"),
         Bar(f"CAM set, smallest gain over either{of}", 1.1, ">=", min(by_op + compiled), "x"),

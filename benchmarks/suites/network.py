@@ -1,4 +1,4 @@
-"""The network after its backbone, T=4, inference: op by op, compiled, ours, converted."""
+"""The network after its backbone, T=4, inference: op by op, compiled, ours, frozen, converted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..core import TIMES, Bar, Preset, Result, measured, milliseconds
 from ..networks import (
     COMPILED,
     CONVERTED,
+    FROZEN,
     NUM_OUTPUTS,
     OP_BY_OP,
     OURS,
@@ -40,10 +41,11 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
         ["way", "forward", VS_OURS, FIRST, LATER, GFLOP],
         question=3,
         notes=[
-            f"{TIMES}. compiled: torch.compile of op by op. converted: op by op after convert_. "
-            "rise: resident memory at the peak of a process's first call of this size or the next, "
-            "beyond that before it, outputs included; folded weights are made in the first and "
-            "stay. GFLOP: counted by torch while the whole network ran, 2 for a multiply-add."
+            f"{TIMES}. compiled: torch.compile of op by op. frozen: after freeze_, with folded "
+            "weights kept; ours keeps none. converted: op by op after convert_. rise: resident "
+            "memory at the peak of a process's first call of this size or the next, beyond that "
+            "before it, outputs included. GFLOP: counted by torch while the whole network ran, 2 "
+            "for a multiply-add."
         ],
     )
     missing = environment.compiler_error()
@@ -51,7 +53,7 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
         result.notes.append(f"Without {COMPILED}: {missing}.")
     say("checking")
     x = image(size)
-    calls = {way: in_inference(make(way, size), x) for way in (OP_BY_OP, OURS, CONVERTED)}
+    calls = {way: in_inference(make(way, size), x) for way in (OP_BY_OP, OURS, FROZEN, CONVERTED)}
     if missing is None:
         compiled: Any = torch.compile(make(OP_BY_OP, size))
         calls[COMPILED] = in_inference(compiled, x)
@@ -65,13 +67,15 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     say("timing")
     timings = measured(calls, preset)
     say("memory")
-    rises = {way: in_fresh_process(rise_bytes, way, size) for way in (OP_BY_OP, OURS)}
+    rises = {way: in_fresh_process(rise_bytes, way, size) for way in (OP_BY_OP, OURS, FROZEN)}
     gains = {way: timing.median / timings[OURS].median for way, timing in timings.items()}
     for way, timing in timings.items():
         row: dict[str, Any] = {"way": way, "forward": milliseconds(timing), VS_OURS: gains[way]}
         if way in rises:
             first, later = rises[way]
-            row |= {FIRST: first / MIB, LATER: later / MIB, GFLOP: counted[way] / 1e9}
+            row |= {FIRST: first / MIB, LATER: later / MIB}
+        if way in counted:
+            row[GFLOP] = counted[way] / 1e9
         result.rows.append(row)
     result.answers = [
         f"After its backbone, the network is {gains[OP_BY_OP]:.1f} times as fast as op by op, with "
@@ -82,6 +86,13 @@ def run(preset: Preset, say: Callable[[str], None], size: Size = IMAGE) -> Resul
     result.bars = [
         Bar("network, op by op / ours", 2.2, ">=", gains[OP_BY_OP], "x"),
         Bar("network, torch.compile / ours", 1.5, ">=", gains.get(COMPILED), "x", missing or ""),
+        Bar(
+            "network, ours / frozen",
+            1.05,
+            "<=",
+            timings[OURS].median / timings[FROZEN].median,
+            "x",
+        ),
         Bar("network, converted / ours", 1.1, "<=", gains[CONVERTED], "x"),
         *(
             Bar(

@@ -71,7 +71,7 @@ def run(
             "Images a second: median, with the quartiles as spread. Unless varied: B=1, T=4, "
             f"{BASE[0]}x{BASE[1]}, {BACKBONE}. Backbone included, weights random. rise at peak: "
             "resident memory in a later call of a process beyond that before it, outputs included; "
-            "ours keeps folded weights from the first call."
+            "ours is not frozen: it keeps no folded weights."
         ],
     )
     known: dict[Setting, tuple[dict[str, Timing], dict[str, int]]] = {}

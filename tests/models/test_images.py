@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from file_support import write_png
 from PIL import Image
 
 from xattn_models import images
+from xattn_models.memory import PixelLimit
 from xattn_models.timm_compat import import_timm
 
 
@@ -55,21 +59,8 @@ def test_cmyk(tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_per_colour(tmp_path: Path) -> None:
-    # Written by hand: Pillow has no such mode. One pixel of (0xffff, 0x8000, 0).
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" + struct.pack(">HHH", 0xFFFF, 0x8000, 0))
     path = tmp_path / "image.png"
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    write_png(path, 1, 1, 16, 2, b"\0" + struct.pack(">HHH", 0xFFFF, 0x8000, 0))
     assert (images.read_image(path) * 255).round().flatten().tolist() == [255, 128, 0]
 
 
@@ -113,6 +104,10 @@ def _floats(path: Path) -> None:
     Image.new("F", (5, 4)).save(path, format="TIFF")
 
 
+def _drawing(path: Path) -> None:
+    Image.new("RGB", (5, 4)).save(path, format="EPS")
+
+
 def _integers(path: Path) -> None:
     Image.fromarray(np.full((4, 5), 70000, dtype=np.int32)).save(path, format="TIFF")
 
@@ -128,6 +123,7 @@ def _integers(path: Path) -> None:
         (_truncated_jpeg, "cannot be read as an image"),
         (_floats, "floating-point"),
         (_integers, "32-bit"),
+        (_drawing, "EPS drawing"),
     ],
 )
 def test_unusable_files_are_named(
@@ -138,6 +134,70 @@ def test_unusable_files_are_named(
     with pytest.raises(images.ImageError, match=message) as error:
         images.read_image(path)
     assert str(path) in str(error.value)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ((12_000, 12_000), "got 12000 x 12000 = 144,000,000 pixels"),
+        ((3, 100_000), "got 3 x 100000 = 300,000 pixels"),
+        ((20_000, 20_000), "got 400,000,000 pixels"),  # Pillow tells no more of those
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_images_are_not_decoded(
+    size: tuple[int, int], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image.png"
+    write_png(path, *size, 8, 0, b"")
+    monkeypatch.delattr("PIL.ImageFile.ImageFile.load")
+    message = f"image.png: {named}, for which about .* GB .* at most 250,000: .*--max-pixels"
+    with pytest.raises(images.ImageError, match=message):
+        images.open_image(path, PixelLimit(250_000, 1e4))
+
+
+def test_pillows_limit_is_named_where_ours_is_above(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    write_png(path, 20_000, 20_000, 8, 0, b"")
+    for limit in (None, PixelLimit(10**9)):
+        with pytest.raises(images.ImageError, match=r"image\.png: Image size \(400000000 pixels\)"):
+            images.open_image(path, limit)
+
+
+def test_limit_of_rotated_images_and_animations(tmp_path: Path) -> None:
+    """The limit is one of pixels, that of a single frame."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (4, 6)).save(tmp_path / "rotated.jpg", exif=exif)
+    frames = [Image.new("L", (4, 6), colour) for colour in (10, 20, 30)]
+    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
+    for name, size in (("rotated.jpg", (6, 4)), ("animation.gif", (4, 6))):
+        assert images.open_image(tmp_path / name, PixelLimit(24)).size == size
+        with pytest.raises(images.ImageError, match=f"{name}: got 6 x 4 = 24 pixels"):
+            images.open_image(tmp_path / name, PixelLimit(23))
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [
+        (np.arange(24, dtype=np.uint8).reshape(2, 4, 3), torch.float32),
+        (np.linspace(0, 1, 24, dtype=np.float16).reshape(2, 4, 3), torch.float32),
+        (np.linspace(0, 1, 24).reshape(2, 4, 3), torch.float64),
+        (np.linspace(0, 1, 24).astype(">f8").reshape(2, 4, 3)[::-1, ::-1], torch.float64),
+    ],
+)
+def test_arrays(array: np.ndarray[Any, Any], dtype: torch.dtype) -> None:
+    array.flags.writeable = False
+    tensor = images.from_array(array)
+    expected = array.astype(np.float64) / (255 if array.dtype == np.uint8 else 1)
+    assert tensor.dtype == dtype and tensor.shape == (3, 2, 4)
+    assert np.allclose(tensor.permute(1, 2, 0).numpy(), expected, atol=1e-7)
 
 
 def test_normalisation_is_that_of_the_backbones() -> None:

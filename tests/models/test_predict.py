@@ -1,20 +1,20 @@
-"""Predictions for images of any size, from Python and from the command line."""
+"""Predictions for images of any size and kind, and as files."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from torch import nn
 
 from xattn_models import SCAMTL, sca_mtl
-from xattn_models.__main__ import main
 from xattn_models.images import ImageError, crop, normalise, pad_to_multiple, read_image
-from xattn_models.predict import Predictor, check_stems, from_checkpoint, predict_file, settings
+from xattn_models.predict import Predictor, check_stems, folder_name, predict_file
 
 BACKBONE = "test_efficientnet"
 TASKS = ("semseg", "normals", "depth")
@@ -28,22 +28,12 @@ def model() -> SCAMTL:
     return sca_mtl(TASKS, NUM_OUTPUTS, BACKBONE).eval()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model: SCAMTL, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "net.pth"
-    torch.save({"state_dict": model.state_dict()}, path)
-    return path
-
-
 @pytest.fixture
 def photograph(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (97, 131, 3), dtype=np.uint8)
     path = tmp_path / "a photograph.png"
     Image.fromarray(pixels).save(path)
     return path
-
-
-# Python
 
 
 @pytest.mark.parametrize("size", [(97, 131), (64, 96), (1, 1)])
@@ -83,6 +73,88 @@ def test_predictor_engines(model: SCAMTL, engine: str) -> None:
         assert (y - expected[task]).abs().max() <= 1e-4 * expected[task].abs().max()
 
 
+PIXELS = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected(model: SCAMTL) -> dict[str, torch.Tensor]:
+    return Predictor(model)(torch.from_numpy(PIXELS).permute(2, 0, 1).float() / 255)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda pixels, path: pixels,
+        lambda pixels, path: pixels / 255,
+        lambda pixels, path: (pixels / 255).astype(np.float32)[:, ::-1].copy()[:, ::-1],
+        lambda pixels, path: (pixels / 255).astype(">f4"),
+        lambda pixels, path: Image.fromarray(pixels),
+        lambda pixels, path: Image.fromarray(pixels).convert("RGBA"),
+        lambda pixels, path: Image.open(path),
+        lambda pixels, path: path,
+        lambda pixels, path: str(path),
+    ],
+)
+def test_predictor_takes_images_of_any_kind(
+    model: SCAMTL,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+    convert: Callable[[Any, Path], Any],
+) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    actual = Predictor(model)(convert(PIXELS, tmp_path / "image.png"))
+    assert list(actual) == list(TASKS)
+    for task in TASKS:
+        assert actual[task].shape == (NUM_OUTPUTS[task], 40, 50)
+        assert (actual[task] - expected[task]).abs().max() <= 1e-5 * expected[task].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (None, TypeError, "got NoneType, expected a tensor"),
+        ([PIXELS], TypeError, "got list, expected a tensor"),
+        (b"image.png", TypeError, "got bytes, expected a tensor"),
+        (PIXELS.astype(np.uint16), TypeError, "got an array of uint16"),
+        (PIXELS > 9, TypeError, "got an array of bool"),
+        (PIXELS[..., 0], ValueError, r"shape \(40, 50\), expected \(H, W, 3\)"),
+        (PIXELS.transpose(2, 0, 1), ValueError, r"shape \(3, 40, 50\), expected \(H, W, 3\)"),
+        (PIXELS[:0], ValueError, r"got shape \(3, 0, 50\)"),
+        (PIXELS.astype(np.float32), ValueError, r"from 0 to 254, expected \[0, 1\]"),
+        (torch.full((3, 4, 4), 255.0), ValueError, r"from 255 to 255, expected \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), ValueError, "from nan to nan"),
+        (torch.full((3, 4, 4), -torch.inf), ValueError, "from -inf to -inf"),
+        ("missing.png", ImageError, "missing.png: does not exist"),
+        (Image.new("F", (4, 4)), ImageError, "image: floating-point image"),
+        (Image.new("RGB", (0, 4)), ImageError, "image: got 4 x 0 = 0 pixels"),
+    ],
+)
+def test_predictor_names_what_it_does_not_take(
+    model: SCAMTL, image: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Predictor(model)(image)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [PIXELS, torch.rand(3, 40, 50), Image.fromarray(PIXELS), "image.png"],
+    ids=["array", "tensor", "picture", "file"],
+)
+def test_too_many_pixels(model: SCAMTL, tmp_path: Path, image: Any) -> None:
+    if isinstance(image, str):
+        image = tmp_path / image
+        Image.fromarray(PIXELS).save(image)
+    assert Predictor(model, max_pixels=2000)(image)["depth"].shape == (1, 40, 50)
+    message = "got 40 x 50 = 2,000 pixels, for which about 0.0 GB .* at most 1,999: .*max_pixels"
+    with pytest.raises((ValueError, ImageError), match=message):
+        Predictor(model, max_pixels=1999)(image)
+
+
+def test_limit_is_that_of_the_images_in_a_batch(model: SCAMTL) -> None:
+    assert Predictor(model, max_pixels=1024)(torch.rand(3, 3, 32, 32))["depth"].shape[0] == 3
+
+
 def test_predictor_refuses(model: SCAMTL) -> None:
     with pytest.raises(ValueError, match="'fpga'"):
         Predictor(model, engine="fpga")
@@ -117,154 +189,84 @@ def test_unusable_images_leave_nothing(model: SCAMTL, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="same name"):
-        check_stems([Path("a/x.png"), Path("y.png"), Path("b/x.jpg")])
-
-
-# Checkpoints
-
-
-def test_tasks_from_a_pickle(model: SCAMTL, checkpoint: Path) -> None:
-    assert settings(checkpoint) == {"num_outputs": NUM_OUTPUTS, "tasks": list(TASKS)}
-    loaded = from_checkpoint(checkpoint, backbone=BACKBONE)
-    assert loaded.tasks == TASKS
-    state = model.state_dict()
-    assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
-
-
-def test_auxiliary_tasks_from_a_pickle(tmp_path: Path) -> None:
-    own = sca_mtl(("semseg",), NUM_OUTPUTS, BACKBONE, auxiliary_tasks=TASKS)
-    torch.save(own.state_dict(), tmp_path / "net.pth")
-    loaded = from_checkpoint(tmp_path / "net.pth", backbone=BACKBONE)
-    assert loaded.tasks == ("semseg",) and loaded.auxiliary_tasks == TASKS
-
-
-def test_safetensors_do_not_tell_the_order(model: SCAMTL, tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path)
-    with pytest.raises(ValueError, match=r"net\.safetensors: has the tasks depth, normals, semseg"):
-        from_checkpoint(path, backbone=BACKBONE)
-    assert from_checkpoint(path, tasks=TASKS, backbone=BACKBONE).tasks == TASKS
-    with pytest.raises(ValueError, match="has no outputs of"):
-        from_checkpoint(path, tasks=("semseg", "sal"), backbone=BACKBONE)
-
-
-def test_settings_in_safetensors(model: SCAMTL, tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    noted = {"tasks": TASKS, "num_outputs": NUM_OUTPUTS, "backbone": BACKBONE}
-    state = {name: x.contiguous() for name, x in model.state_dict().items()}
-    save_file(state, path, {"sca_mtl": json.dumps(noted)})
-    assert from_checkpoint(path).tasks == TASKS
-    for damaged in ("{", "[]", "{}"):
-        save_file(state, path, {"sca_mtl": damaged})
-        with pytest.raises(ValueError, match=r"net\.safetensors: .*settings"):
-            from_checkpoint(path)
-
-
-def test_other_checkpoints(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "net.pth")
-    with pytest.raises(ValueError, match=r"net\.pth: no checkpoint of SCA-MTL"):
-        settings(tmp_path / "net.pth")
-
-
-# Command line
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def test_command(checkpoint: Path, photograph: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out" / "a photograph"
-    network = ("--checkpoint", checkpoint, "--backbone", BACKBONE)
-    files = ("--image", photograph, "--out", tmp_path / "out")
-    assert run("predict", *network, *files, "--no-pictures", "--engine", "reference") == 0
-    assert [path.name for path in folder.iterdir()] == ["arrays.npz"]
-    with np.load(folder / "arrays.npz") as arrays:
-        assert {task: arrays[task].shape for task in arrays} == SHAPES
-    assert run("predict", *network, *files, "--no-arrays", "--dtype", "bfloat16") == 0
-    assert len(list(folder.iterdir())) == 5
-
-
-def test_command_goes_on_after_a_corrupt_image(
-    checkpoint: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("failing", ["arrays", "picture", "sheet", "folder", "interruption"])
+def test_failures_leave_the_files_from_before(
+    model: SCAMTL,
+    photograph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
 ) -> None:
-    corrupt = tmp_path / "corrupt.jpg"
-    corrupt.write_bytes(b"no image")
-    code = run(
-        *("predict", "--checkpoint", checkpoint, "--backbone", BACKBONE, "--no-pictures"),
-        *("--image", corrupt, photograph, "--out", tmp_path / "out"),
-    )
-    said = capsys.readouterr()
-    assert code == 1
-    assert str(corrupt) in said.err.replace("\n", "") and "1 of 2 images" in said.err
-    assert said.out.strip() == str(tmp_path / "out" / "a photograph")
+    out, predictor = tmp_path / "out", Predictor(model)
+    folder = predict_file(predictor, photograph, out)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    Image.new("RGB", (64, 64), "red").save(photograph)
+    error: type[BaseException] = OSError
+    if failing == "arrays":
+        monkeypatch.setattr(np.lib.format, "write_array", fail)
+    elif failing == "picture":
+        monkeypatch.setattr(Image.Image, "save", fail)
+    elif failing == "sheet":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    elif failing == "interruption":
+        monkeypatch.setattr("xattn_models.pictures.sheet", interrupt)
+        error = KeyboardInterrupt
+    else:
+        monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(error):
+        predict_file(predictor, photograph, out)
+    monkeypatch.undo()
+    assert [path.name for path in out.iterdir()] == [folder.name]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    predict_file(predictor, photograph, out)
+    assert all(path.read_bytes() != before[path.name] for path in folder.iterdir())
 
 
-def test_random_weights_are_said_to_be(
-    photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = run(
-        *("predict", "--random-weights", "--tasks", "semseg", "depth", "--num-outputs", 4, 1),
-        *("--backbone", BACKBONE, "--image", photograph, "--out", tmp_path / "out"),
-    )
-    assert code == 0 and "weights are random" in capsys.readouterr().err
-    assert (tmp_path / "out" / "a photograph" / "sheet.png").stat().st_size > 1000
+def fail(*_: object, **__: object) -> None:
+    raise OSError("disk full")
 
 
-def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "predict" in capsys.readouterr().out
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "one of the arguments --checkpoint --random-weights is required"),
-        (("--random-weights", "--engine", "fpga"), "invalid choice: 'fpga'"),
-        (("--random-weights", "--engine", "cuda"), "--engine cuda: "),
-        (("--random-weights", "--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--random-weights", "--config", "kitti"), "invalid choice: 'kitti'"),
-        (("--random-weights", "--device", "abacus"), "--device abacus: "),
-        (("--random-weights", "--device", "meta"), "expected a device that holds data"),
-        (("--random-weights", "--num-outputs", "1"), "--num-outputs: expected with --tasks"),
-        (
-            ("--random-weights", "--tasks", "a", "b", "--num-outputs", "1"),
-            "--num-outputs: got 1 numbers",
-        ),
-        (
-            ("--random-weights", "--config", "nyud_2", "--tasks", "a"),
-            "--config and --tasks: expected one",
-        ),
-        (("--random-weights", "--tasks", "depth"), "at least two"),
-        (("--random-weights", "--backbone", "lynx"), "backbone: got 'lynx'"),
-        (("--checkpoint", "missing.pth"), "missing.pth: no such file"),
-    ],
-)
-def test_errors_are_lines(
-    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        code = run("predict", "--image", "x.png", "--out", tmp_path / "out", *options)
-    except SystemExit as exit:
-        code = int(str(exit.code))
-    said = capsys.readouterr().err
-    assert code == 2 and message in said and "Traceback" not in said
+class Named(nn.Module):
+    """Predicts under a name."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.task, self.weight = task, nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.task: image[:, :1] * self.weight}
+
+
+@pytest.mark.parametrize("task", ["../x", "/tmp/x", "a/b", "sheet"])
+def test_tasks_that_are_no_file_names(task: str, photograph: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"task {task!r}: expected a name for a file of its own"):
+        predict_file(Predictor(Named(task)), photograph, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoint_of_another_network(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("predict", "--image", "x.png", "--out", tmp_path / "out")
-    network = ("--checkpoint", checkpoint, "--backbone", BACKBONE)
-    assert run(*arguments, *network, "--tasks", "semseg", "depth") == 2
-    said = capsys.readouterr().err
-    assert "net.pth" in said and "normals" in said
-    corrupt = tmp_path / "corrupt.safetensors"
-    corrupt.write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    assert run(*arguments, "--checkpoint", corrupt) == 2
-    assert "corrupt.safetensors" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"corrupt\.safetensors"):
-        run(*arguments, "--checkpoint", corrupt, "--traceback")
+def test_tasks_with_names_of_numpys_arguments(photograph: Path, tmp_path: Path) -> None:
+    for task in ("file", "allow_pickle"):
+        folder = predict_file(Predictor(Named(task)), photograph, tmp_path / task)
+        with np.load(folder / "arrays.npz") as arrays:
+            assert list(arrays) == [task] and arrays[task].shape == (1, 97, 131)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (33, 1)])
+def test_small_images(model: SCAMTL, size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("L", (size[1], size[0])).save(tmp_path / "small", format="PNG")
+    folder = predict_file(Predictor(model), tmp_path / "small", tmp_path / "out")
+    assert folder == tmp_path / "out" / "small"
+    with np.load(folder / "arrays.npz") as arrays:
+        assert {arrays[task].shape[1:] for task in arrays} == {size}
+
+
+def test_images_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="same name"):
+        check_stems([Path("a/x.png"), Path("y.png"), Path("b/x.jpg")])
+    assert [folder_name(Path(name)) for name in ("a.tar.gz", "a", "...png", ".png")] == [
+        *("a.tar", "a", "...png", ".png")
+    ]

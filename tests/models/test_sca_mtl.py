@@ -55,6 +55,7 @@ def test_gradients_reach_all_parameters_but_the_dead_ones() -> None:
     model, _ = pair(("semseg", "depth"), ("semseg", "depth", "normals"), training=True)
     loss(flat(model(image()), model)).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {name for name, p in model.named_parameters() if not p.requires_grad}
     assert without == {name for name, _ in model.named_parameters() if ".norm2." in name}
     assert len(without) == 2 * (2 * 4 + 3)
 

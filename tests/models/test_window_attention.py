@@ -106,11 +106,18 @@ def test_one_sample_of_a_batch_is_skipped() -> None:
     torch.testing.assert_close(trained[~skipped], 2 * inferred[~skipped])
 
 
-def test_dead_parameters_stay_in_the_state() -> None:
+def test_unused_parameters_stay_in_the_state() -> None:
     block = WindowBlock(12, 6, shift=0, drop_path=0.0)
+    unused = {"norm2.weight", "norm2.bias"}
+    assert {name for name, p in block.named_parameters() if not p.requires_grad} == unused
+    assert unused <= set(block.state_dict())
     block(torch.randn(1, 7, 7, 12)).sum().backward()
-    without = {name for name, p in block.named_parameters() if p.grad is None}
-    assert without == {"norm2.weight", "norm2.bias"} <= set(block.state_dict())
+    assert {name for name, p in block.named_parameters() if p.grad is None} == unused
+    block.requires_grad_(True)
+    x = torch.randn(1, 7, 7, 12, requires_grad=True)
+    block(x).sum().backward()
+    assert not block.norm2.weight.grad.any() and not block.norm2.bias.grad.any()
+    assert x.grad.any()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

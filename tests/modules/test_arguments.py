@@ -93,9 +93,13 @@ def test_features_of_tasks() -> None:
 def test_number_of_scales() -> None:
     x = torch.zeros(1, 8, 4, 4)
     for block in (CrossScaleAttention([8, 8]), CrossScaleHead([8, 8], 2)):
-        for features in ([x], [x, x, x], x):
+        for features in ([x], [x, x, x]):
             with pytest.raises(ValueError, match="expected a sequence of 2, finest first"):
                 block(features)
+        for features in (x, {"a": x, "b": x}, None):
+            with pytest.raises(TypeError, match=r"features: got .*, expected a sequence") as error:
+                block(features)
+            assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def sample_inputs(name: str, layout: str, grad: bool) -> tuple[Any, ...]:
     features = [LAYOUTS[layout](torch.randn(2, 8, n)) for n in (40, 30, 20)]
     schedule = Schedule.cross_task(3)
     packed = OPS.pack_block_weights(weight, bias, torch.float32, "cpu")
+    layers = [torch.randn(8, 8, 1, 1) for _ in range(30)]
+    vectors = [[torch.rand(8) + 0.5 for _ in range(30)] for _ in range(4)]
     new = [torch.empty_like(features[q]) for q in schedule.output_queries]
     samples = {
         "linear_cross_attention": (*slots, EDGES, s, z, "elu", 1e-6, "cpu"),
@@ -63,7 +65,9 @@ def sample_inputs(name: str, layout: str, grad: bool) -> tuple[Any, ...]:
             *([lse[0].detach(), None, None], 1, 0.3, wanted, "cpu"),
         ),
         "pack_block_weights": (weight, bias, torch.bfloat16, "cpu"),
-        "cross_attention_block": (features, packed, 6, schedule.edges_flat, 1e-12, new, "cpu"),
+        "cross_attention_block": (features, packed, 6, schedule.edges_flat, 1e-12, "cpu"),
+        "cross_attention_block_out": (features, packed, 6, schedule.edges_flat, 1e-12, new, "cpu"),
+        "fold_block_weights": (layers, *vectors, 1e-5, torch.float32, "cpu"),
     }
     return samples[name]
 
@@ -80,6 +84,8 @@ def sample_inputs(name: str, layout: str, grad: bool) -> tuple[Any, ...]:
         ("softmax_cross_attention_backward", False),
         ("pack_block_weights", False),
         ("cross_attention_block", False),
+        ("cross_attention_block_out", False),
+        ("fold_block_weights", False),
     ],
 )
 def test_opcheck(name: str, grad: bool, layout: str) -> None:

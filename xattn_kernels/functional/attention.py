@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from xattn_kernels.functional.shared import check_eps, no_autocast
+from xattn_kernels.functional.shared import check_eps
+from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS, Features, describe
 from xattn_kernels.ops.inputs import Inputs, Part, check_inputs
 from xattn_kernels.ops.linear_cross_attention import op as linear_op
@@ -147,7 +148,7 @@ def linear_cross_attention(
         raise ValueError(f"feature_map: got {feature_map!r}, expected one of {FEATURE_MAPS}")
     check_eps(eps)
     inputs = check_inputs(query, key, value, schedule)
-    with no_autocast(inputs.autocast):
+    with no_autocast(inputs.device):
         part = inputs.whole()
         if part is not None:
             state_s, state_z = (None, None) if state is None else _check_state(state, part)
@@ -272,7 +273,7 @@ def softmax_cross_attention(
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: got {scale!r}, expected a finite number")
     inputs = check_inputs(query, key, value, schedule)
-    with no_autocast(inputs.autocast):
+    with no_autocast(inputs.device):
         part = inputs.whole()
         if part is not None:
             outputs, lse = _softmax(part, heads, scale)

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.distributed import LOCAL, Reduction
-from xattn_kernels.functional.shared import check_eps, no_autocast
+from xattn_kernels.functional.shared import check_eps
+from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.block_inputs import (
-    block_outputs,
+    BlockInputs,
     check_block_inputs,
     check_block_weights,
+    check_outputs,
+    check_slots,
     check_training_inputs,
 )
 from xattn_kernels.ops.cross_attention_block import op as block_op
 from xattn_kernels.ops.cross_attention_block_training import autograd as training
 from xattn_kernels.ops.cross_attention_block_training import op as training_op
-from xattn_kernels.ops.features import is_transformed
+from xattn_kernels.ops.tracing import is_observed, is_transformed
 from xattn_kernels.registry import Problem, select
 from xattn_kernels.schedule import Schedule
 
@@ -81,21 +84,59 @@ def cross_attention_block(
                     f"{name}: requires a gradient, which this inference operator has none for: "
                     "call it under torch.no_grad(), or use the modules in train mode"
                 )
-    with no_autocast(inputs.autocast), torch.no_grad():
-        outputs, flat = block_outputs(out, inputs, weight, bias, schedule)
-        engine = _block_engine(inputs.features[0].dtype, weight)
-        edges = schedule.edges_flat
+    if packed is None or packed.numel() == 0:
+        packed = pack_block_weights(weight, bias, inputs.features[0].dtype)
+    return _attend(inputs, packed, schedule, eps, out, [weight, bias])
+
+
+def attend_packed(
+    features: Sequence[Tensor],
+    packed: Tensor,
+    schedule: Schedule,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """As :func:`cross_attention_block`, of what :func:`fold_block_weights` gave, without gradients.
+
+    Args:
+        features: see :func:`cross_attention_block`.
+        packed: for the engine in force.
+        schedule: see :func:`cross_attention_block`.
+        out: see :func:`cross_attention_block`.
+    """
+    return _attend(check_slots(features, schedule), packed, schedule, 1e-12, out, [packed])
+
+
+def _attend(
+    inputs: BlockInputs,
+    packed: Tensor,
+    schedule: Schedule,
+    eps: float,
+    out: Sequence[Tensor] | None,
+    others: Sequence[Tensor],
+) -> list[Tensor]:
+    first = inputs.features[0]
+    engine = _block_engine(first.dtype, first)
+    args = (inputs.features, packed, schedule.num_weights, schedule.edges_flat, eps)
+    with no_autocast(first.device.type), torch.no_grad():
+        flat = None if out is None else check_outputs(out, inputs, others, schedule)
+        if flat is not None and engine != "reference" and not is_observed():
+            block_op.block_out_op(*args, flat, engine)
+            return list(out or ())
         if engine == "reference":
             from xattn_kernels.ops.cross_attention_block import reference
 
-            reference.forward(inputs.features, weight, bias, edges, eps, flat)
+            results = reference.forward(*args)
         else:
-            if packed is None or packed.numel() == 0:
-                packed = block_op.pack_op(weight, bias, inputs.features[0].dtype, engine)
-            block_op.block_op(
-                inputs.features, packed, schedule.num_weights, edges, eps, flat, engine
-            )
-    return outputs
+            results = block_op.block_op(*args, engine)
+        if flat is not None:
+            for place, result in zip(flat, results, strict=True):
+                place.copy_(result)
+            return list(out or ())
+    sizes = [inputs.spatial[query] for query in schedule.output_queries]
+    return [
+        x if len(size) == 1 else x.unflatten(2, size)
+        for x, size in zip(results, sizes, strict=True)
+    ]
 
 
 def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,8 +148,8 @@ def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None =
         dtype: dtype of the features that they will be used with. Default: that of ``weight``.
 
     Returns:
-        An opaque tensor, valid for this engine and ``dtype``. Empty for the ``reference`` engine,
-        which needs none; every engine takes an empty one for none.
+        An opaque tensor, valid for this engine and ``dtype``; every engine takes an empty one for
+        none.
 
     Raises:
         RuntimeError: if the engine asked for cannot run the problem.
@@ -118,10 +159,46 @@ def pack_block_weights(weight: Tensor, bias: Tensor, dtype: torch.dtype | None =
     check_block_weights(weight, bias, dtype)
     dtype = dtype or weight.dtype
     engine = _block_engine(dtype, weight)
+    packed: Tensor
     with torch.no_grad():
         if engine == "reference":
-            return weight.new_empty(0, dtype=torch.uint8)
-        packed: Tensor = block_op.pack_op(weight, bias, dtype, engine)
+            from xattn_kernels.ops.cross_attention_block import reference
+
+            packed = reference.pack(weight, bias, dtype)
+        else:
+            packed = block_op.pack_op(weight, bias, dtype, engine)
+    return packed
+
+
+def fold_block_weights(
+    weight: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    bn_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`pack_block_weights`, of convolutions with batch norms, which are folded into them.
+
+    Args:
+        weight: (C, C, 1, 1) of 5 W convolutions, set by set.
+        gamma: (C) of 5 W batch norms, as the following.
+        beta: their biases.
+        mean: their running means.
+        var: their running variances.
+        bn_eps: added to the variances.
+        dtype: of the features.
+    """
+    engine = _block_engine(dtype, weight[0].flatten(1))
+    packed: Tensor
+    with torch.no_grad():
+        if engine == "reference":
+            from xattn_kernels.ops.cross_attention_block import reference
+
+            packed = reference.fold(weight, gamma, beta, mean, var, bn_eps, dtype)
+        else:
+            packed = block_op.fold_op(weight, gamma, beta, mean, var, bn_eps, dtype, engine)
     return packed
 
 
@@ -228,16 +305,20 @@ def cross_attention_block_training(
     return outputs, statistics
 
 
-def _block_engine(dtype: torch.dtype, weight: Tensor) -> str:
-    channels = index(weight.size(-1))
+def _block_engine(dtype: torch.dtype, like: Tensor) -> str:
+    """The engine for features of `dtype`; `like` has their device and, in dimension 1, their width.
+
+    A tensor of weights (W, 5, C, C) has it in dimension 3.
+    """
+    channels = index(like.size(3) if like.dim() == 4 else like.size(1))
     return select(
         Problem(
             block_op.OP,
             dtype,
-            weight.device.type,
+            like.device.type,
             channels,
             channels,
             transformed=is_transformed(),
-            device_index=weight.device.index,
+            device_index=like.device.index,
         )
     )

@@ -8,10 +8,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from xattn_kernels.functional.shared import no_autocast
-from xattn_kernels.ops.features import is_transformed
+from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.pyramid_inputs import check_pyramid_inputs
 from xattn_kernels.ops.pyramid_projection import op as pyramid_op
+from xattn_kernels.ops.tracing import is_transformed
 from xattn_kernels.registry import Problem, select, wants_gradient
 
 
@@ -116,7 +116,7 @@ def pyramid_projection(
         )
     )
     args = (inputs.features, inputs.weights, scale, shift, classifier, inputs.classifier_bias)
-    with no_autocast(inputs.autocast):
+    with no_autocast(first.device.type):
         if engine == "reference":
             from xattn_kernels.ops.pyramid_projection import reference
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels import functional
 from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
-    cast_for_autocast,
+    as_inputs,
     check_features,
     check_kind,
     check_recompute,
     check_width,
     in_format_of,
-    without_autocast,
 )
+from xattn_kernels.modules.freezing import refuse_proxies
 from xattn_kernels.modules.layers import ProjectionSet, check_stock
-from xattn_kernels.modules.normalisation import is_inference
+from xattn_kernels.modules.normalisation import first_parameter, is_inference
 from xattn_kernels.modules.rows import linear_cross_attention
+from xattn_kernels.ops.gradients import with_plain_gradient
 
 _ONE_EDGE = Wiring(((0, 1, 0),), 2)
 
 
-class CrossAttention(CacheOwner, ProjectionSet):
+class CrossAttention(ProjectionSet):
     r"""A target attends to a source: the cross-attention module (CAM) of SCA-MTL.
 
     With x_t the target, x_a the source and bn(W .) a 1x1 convolution with batch norm::
@@ -39,8 +40,8 @@ class CrossAttention(CacheOwner, ProjectionSet):
     (arXiv 2209.02518), whose kind is "linear".
 
     Parameters and buffers are named ``{query,key}_project.{0,1}.{conv,bn}.*`` and
-    ``value_project.{conv,bn}.*``. In inference, batch norms are folded into weights that are kept
-    and follow the parameters; see `clear_cache`.
+    ``value_project.{conv,bn}.*``. In inference, batch norms are folded into the weights in every
+    call, unless `xattn_kernels.freeze_` has them kept.
 
     Args:
         channels: width C of target, source and output.
@@ -55,6 +56,8 @@ class CrossAttention(CacheOwner, ProjectionSet):
         ValueError: for other values of these.
     """
 
+    _stock: ClassVar[bool] = True
+
     def __init__(
         self,
         channels: int,
@@ -63,15 +66,14 @@ class CrossAttention(CacheOwner, ProjectionSet):
         heads: int = 1,
         recompute: bool | str = "auto",
     ) -> None:
-        check_width("channels", channels)
-        check_kind(kind, heads, [channels])
+        channels = check_width("channels", channels)
+        heads = check_kind(kind, heads, [channels])
         check_recompute(recompute, kind)
         super().__init__(channels)
         self.channels = channels
         self.kind = kind
         self.heads = heads
         self.recompute = recompute
-        self._cache = DerivedCache()
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         """Attend.
@@ -88,31 +90,31 @@ class CrossAttention(CacheOwner, ProjectionSet):
             TypeError: for tensors of another dtype.
             ValueError: for other shapes or devices; in training, for a single value per channel.
         """
+        refuse_proxies(self, target, source)
         widths = self.channels
         check_features(
-            [("target", target, widths), ("source", source, widths)], self.value_project.conv.weight
+            [("target", target, widths), ("source", source, widths)], first_parameter(self)
         )
         check_rows([target, source], rows_of(self))
-        features = [cast_for_autocast(target), cast_for_autocast(source)]
+        features = as_inputs([target, source])
         inference = is_inference([self], features)
-        way = choose_way([self], features, self.kind, self.recompute, inference)
+        way = choose_way([self], features, self.kind, self.recompute, inference, own=True)
         if way == "layers":
             output = self._call_layers(*features)
         elif way == "folded":
-            with without_autocast(target):
-                [output] = attend_folded([self], _ONE_EDGE, features, self._cache, "block")
+            [output] = attend_folded(self, "block", [self], _ONE_EDGE, features)
         else:
-            [output] = attend(way, [self], _ONE_EDGE, features, self.kind, self.heads)
+            [output] = attend(way, [self], _ONE_EDGE, features)
         return in_format_of(output, target)
 
     def _call_layers(self, target: Tensor, source: Tensor) -> Tensor:
-        """The same with every layer called, for layers that are not the stock ones."""
+        """The same with every layer called."""
         rows = rows_of(self)
         if rows is not None:
             check_stock(self)
-        query = _plain_gradient(self.query_project[1](F.relu(self.query_project[0](target))))
-        key = _plain_gradient(self.key_project[1](F.relu(self.key_project[0](source))))
-        value = _plain_gradient(F.relu(self.value_project(source)))
+        query = with_plain_gradient(self.query_project[1](F.relu(self.query_project[0](target))))
+        key = with_plain_gradient(self.key_project[1](F.relu(self.key_project[0](source))))
+        value = with_plain_gradient(F.relu(self.value_project(source)))
         output: Tensor
         if rows is not None:
             output = linear_cross_attention(query, key, value, rows)
@@ -126,14 +128,3 @@ class CrossAttention(CacheOwner, ProjectionSet):
         return (
             f"{self.channels}, kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"
         )
-
-
-def _plain_gradient(x: Tensor) -> Tensor:
-    """`x`, whose gradient will be contiguous if it has one sample.
-
-    A gradient of one sample whose channels lie together may have any batch stride; torch's CPU
-    batch norm then takes it for contiguous and computes wrong gradients, silently.
-    """
-    if x.shape[0] == 1 and x.requires_grad and not torch.compiler.is_compiling():
-        x.register_hook(torch.Tensor.contiguous)
-    return x

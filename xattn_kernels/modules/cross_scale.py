@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,33 +12,34 @@ from xattn_kernels import functional
 from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
-    cast_for_autocast,
+    as_inputs,
     check_features,
     check_kind,
     check_recompute,
     check_width,
     in_format_of,
-    without_autocast,
+    shown,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
-from xattn_kernels.modules.layers import call_sequence, is_stock, sum_repeats
-from xattn_kernels.modules.normalisation import is_inference
+from xattn_kernels.modules.freezing import Freezable, refuse_proxies
+from xattn_kernels.modules.layers import call_sequence, is_stock, keeps_size, sum_repeats
+from xattn_kernels.modules.normalisation import first_parameter, is_inference
+from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, with_plain_gradient
 
 
-class _Scales(CacheOwner):
+class _Scales(Freezable):
     """Adapters and blocks of cross-scale attention, under the names of the reference."""
 
     def _add_scales(
-        self, channels: Sequence[int], kind: str, heads: int, recompute: bool | str
+        self, channels: tuple[int, ...], kind: str, heads: int, recompute: bool | str
     ) -> None:
-        self.channels = tuple(channels)
+        self.channels = channels
         self.kind = kind
         self.heads = heads
         self.recompute = recompute
-        self._cache = DerivedCache()
         self._wirings = [
             Wiring(tuple((0, 1 + i, 0) for i in range(count)), 1 + count)
             for count in reversed(range(1, len(channels)))
@@ -53,13 +54,11 @@ class _Scales(CacheOwner):
                 )
                 self.add_module(f"upsample{source}{target}", adapter)
 
-    def _block(self, target: int) -> CrossAttention:
-        block = self.get_submodule(f"cross_scale_attention{target}")
-        assert isinstance(block, CrossAttention)
-        return block
-
     def _check(self, features: Sequence[Tensor]) -> None:
-        if isinstance(features, Tensor) or len(features) != len(self.channels):
+        refuse_proxies(self, features, *(features if isinstance(features, list | tuple) else ()))
+        if isinstance(features, Tensor | Mapping) or not isinstance(features, Sequence):
+            raise TypeError(f"features: got {shown(features)}, expected a sequence of tensors")
+        if len(features) != len(self.channels):
             raise ValueError(
                 f"features: got {len(features)} tensors, expected a sequence of "
                 f"{len(self.channels)}, finest first"
@@ -68,47 +67,25 @@ class _Scales(CacheOwner):
             (f"features[{s}]", x, width)
             for s, (x, width) in enumerate(zip(features, self.channels, strict=True))
         ]
-        check_features(named, self._block(0).value_project.conv.weight)
+        check_features(named, first_parameter(self))
         check_rows(features, rows_of(self))
 
     def _attend(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Attended maps [target][source - target - 1]."""
-        last = torch.channels_last
-        coarse = [x.contiguous(memory_format=last) for x in features[1:]]
+        coarse = [in_order(x, CHANNELS_LAST) for x in features[1:]]
         return [self._attend_target(t, features[t], coarse[t:]) for t in range(len(coarse))]
 
     def _attend_target(self, t: int, target: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
         """One target's maps; the sources share its block, which projects the target once."""
-        block = self._block(t)
-        names = [f"upsample{t + 1 + i}{t}" for i in range(len(sources))]
-        adapters = [self.get_submodule(name) for name in names]
-        inference = is_inference([block, *adapters], [target, *sources])
-        if inference and is_stock(*adapters):
-            adapted = [
-                self._adapt_folded(name, adapter, x)
-                for name, adapter, x in zip(names, adapters, sources, strict=True)
-            ]
-        else:
-            adapted = [call_sequence(a, x) for a, x in zip(adapters, sources, strict=True)]
-        cells = [target, *adapted]
+        block = self.get_submodule(f"cross_scale_attention{t}")
+        adapters = [self.get_submodule(f"upsample{t + 1 + i}{t}") for i in range(len(sources))]
+        adapted = [call_sequence(a, x) for a, x in zip(adapters, sources, strict=True)]
+        cells = [target, *map(with_plain_gradient, adapted)]
+        inference = is_inference([block], cells)
         way = choose_way([block], cells, self.kind, self.recompute, inference)
-        wiring = self._wirings[t]
         if way == "folded":
-            with without_autocast(target):
-                return attend_folded([block], wiring, cells, self._cache, f"block{t}")
-        return attend(way, [block], wiring, cells, self.kind, self.heads)
-
-    def _adapt_folded(self, name: str, adapter: nn.Module, x: Tensor) -> Tensor:
-        """An adapter in inference, its batch norm folded."""
-        convolution, norm = adapter.children()
-        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, normalisation.KINDS)
-
-        def make() -> tuple[Tensor, Tensor]:
-            weight, bias = normalisation.fold([convolution], [norm], ACCUMULATORS[x.dtype])
-            return weight[0].to(x.dtype), bias[0].to(x.dtype)
-
-        sources = normalisation.tensors(convolution, norm)
-        return F.conv2d(x, *self._cache.get(name, sources, (x.dtype, norm.eps), make))
+            return attend_folded(self, f"block{t}", [block], self._wirings[t], cells)
+        return attend(way, [block], self._wirings[t], cells)
 
     def extra_repr(self) -> str:
         options = f"kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"
@@ -148,7 +125,7 @@ class CrossScaleAttention(_Scales):
         heads: int = 1,
         recompute: bool | str = "auto",
     ) -> None:
-        _check_channels(channels, kind, heads)
+        channels, heads = _check_channels(channels, kind, heads)
         check_recompute(recompute, kind)
         super().__init__()
         self._add_scales(channels, kind, heads, recompute)
@@ -171,7 +148,7 @@ class CrossScaleAttention(_Scales):
                 single value per channel.
         """
         self._check(features)
-        maps = self._attend([cast_for_autocast(x) for x in features])
+        maps = self._attend(as_inputs(features))
         return [[in_format_of(y, x) for y in row] for x, row in zip(features, maps, strict=False)]
 
 
@@ -209,9 +186,9 @@ class CrossScaleHead(_Scales):
         heads: int = 1,
         recompute: bool | str = "auto",
     ) -> None:
-        _check_channels(channels, kind, heads)
+        channels, heads = _check_channels(channels, kind, heads)
         check_recompute(recompute, kind)
-        check_width("num_outputs", num_outputs)
+        num_outputs = check_width("num_outputs", num_outputs)
         super().__init__()
         coarser = range(len(channels) - 1, 0, -1)
         self._widths = [2 * n * c for n, c in zip(coarser, channels, strict=False)] + [channels[-1]]
@@ -242,12 +219,12 @@ class CrossScaleHead(_Scales):
                 single value per channel.
         """
         self._check(features)
-        cast = [cast_for_autocast(x) for x in features]
+        cast = as_inputs(features)
         rows = [[x, *row] for x, row in zip(cast, [*self._attend(cast), []], strict=True)]
-        if not is_stock(self.last_layer) or cast[0].numel() == 0:
+        if not _is_aggregation(self.last_layer) or cast[0].numel() == 0:
             return self._call_layers(rows)
         levels = [torch.cat(row, dim=1) if len(row) > 1 else row[0] for row in rows]
-        with without_autocast(cast[0]):
+        with no_autocast(cast[0].device.type):
             return in_format_of(self._aggregate(levels), features[0])
 
     def _aggregate(self, levels: Sequence[Tensor]) -> Tensor:
@@ -290,9 +267,7 @@ class CrossScaleHead(_Scales):
             weights, scale, shift, labels, bias = fold()
             return [_transposed(w) for w in weights], scale, shift, _transposed(labels), bias
 
-        sources = [*normalisation.tensors(first, norm), *classifier.parameters()]
-        folded = self._cache.get("last_layer", sources, (dtype, norm.eps), make)
-        return functional.pyramid_projection(levels, *folded)
+        return functional.pyramid_projection(levels, *self.derived(("last_layer", dtype), make))
 
     def _by_scale(self, weight: Tensor) -> list[Tensor]:
         """The first convolution's weights for [x_s, c_s..] of each scale, without the repeats."""
@@ -308,6 +283,19 @@ class CrossScaleHead(_Scales):
         return call_sequence(self.last_layer, torch.cat(resized, dim=1))
 
 
+def _is_aggregation(layers: nn.Module) -> bool:
+    """Whether `layers` are those that `CrossScaleHead` is made with, to be computed for them."""
+    if type(layers) is not nn.Sequential or not is_stock(layers):
+        return False
+    return (
+        len(layers) == 4
+        and keeps_size(layers[0], 1)
+        and type(layers[1]) in normalisation.KINDS
+        and type(layers[2]) is nn.ReLU
+        and keeps_size(layers[3], 1)
+    )
+
+
 def _transposed(weight: Tensor) -> Tensor:
     """`weight` with its rows along the fastest dimension, as kernels read it."""
     return weight.t().contiguous().t()
@@ -317,9 +305,11 @@ def _resize(x: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def _check_channels(channels: Sequence[int], kind: str, heads: int) -> None:
-    if isinstance(channels, int) or len(channels) < 2:
-        raise ValueError(f"channels: got {channels!r}, expected at least two widths, finest first")
-    for scale, width in enumerate(channels):
-        check_width(f"channels[{scale}]", width)
-    check_kind(kind, heads, channels[:-1])
+def _check_channels(channels: Sequence[int], kind: str, heads: int) -> tuple[tuple[int, ...], int]:
+    """Widths and heads as integers."""
+    if not isinstance(channels, Iterable) or len(channels) < 2:
+        raise ValueError(
+            f"channels: got {shown(channels)}, expected at least two widths, finest first"
+        )
+    widths = tuple(check_width(f"channels[{s}]", width) for s, width in enumerate(channels))
+    return widths, check_kind(kind, heads, widths[:-1])

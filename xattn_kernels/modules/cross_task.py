@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
 from xattn_kernels.modules.checks import (
-    cast_for_autocast,
+    as_inputs,
     check_features,
     check_kind,
     check_names,
     check_recompute,
     check_width,
     in_format_of,
-    without_autocast,
+    shown,
+    some,
 )
 from xattn_kernels.modules.cross_attention import CrossAttention
-from xattn_kernels.modules.fuse import Buffers, fuse
+from xattn_kernels.modules.freezing import Freezable, refuse_proxies
+from xattn_kernels.modules.fuse import FusionInputs, fuse
 from xattn_kernels.modules.layers import BasicBlock, is_stock
-from xattn_kernels.modules.normalisation import is_inference
+from xattn_kernels.modules.normalisation import first_parameter, is_inference
+from xattn_kernels.ops.autocast import no_autocast
+from xattn_kernels.ops.gradients import with_plain_gradient
+from xattn_kernels.ops.tracing import is_observed
 
 
-class CrossTaskAttention(CacheOwner):
+class CrossTaskAttention(Freezable):
     """Every task attends to every other at one scale: the CTAM of SCA-MTL, its fuse block included.
 
     With a_1 .. a_n the other tasks of target t in their order and R one residual block for all::
@@ -57,21 +61,21 @@ class CrossTaskAttention(CacheOwner):
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: Iterable[str],
         channels: int,
-        auxiliary_tasks: Sequence[str] | None = None,
+        auxiliary_tasks: Iterable[str] | None = None,
         *,
         kind: str = "linear",
         heads: int = 1,
         recompute: bool | str = "auto",
     ) -> None:
-        check_names("tasks", tasks)
-        check_width("channels", channels)
-        check_kind(kind, heads, [channels])
+        tasks = check_names("tasks", tasks)
+        channels = check_width("channels", channels)
+        heads = check_kind(kind, heads, [channels])
         check_recompute(recompute, kind)
-        sources = list(tasks if auxiliary_tasks is None else auxiliary_tasks)
+        sources = list(tasks)
         if auxiliary_tasks is not None:
-            check_names("auxiliary_tasks", auxiliary_tasks)
+            sources = list(check_names("auxiliary_tasks", auxiliary_tasks))
             missing = [task for task in tasks if task not in sources]
             if missing:
                 raise ValueError(
@@ -84,7 +88,7 @@ class CrossTaskAttention(CacheOwner):
                 "two sources: a task does not attend to itself"
             )
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tasks
         self.auxiliary_tasks = tuple(sources)
         self.channels = channels
         self.kind = kind
@@ -111,7 +115,6 @@ class CrossTaskAttention(CacheOwner):
             tuple((sources.index(t), sources.index(a), i) for i, (t, a) in enumerate(pairs)),
             len(sources),
         )
-        self._cache = DerivedCache()
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Attend and fuse.
@@ -125,13 +128,17 @@ class CrossTaskAttention(CacheOwner):
             memory format of the task's features.
 
         Raises:
-            TypeError: for tensors of another dtype.
+            TypeError: for what is no dict, and for tensors of another dtype.
             ValueError: for missing or unknown tasks, other shapes or devices; in training, for a
                 single value per channel.
         """
-        if set(features) != set(self.auxiliary_tasks):
+        refuse_proxies(self, features)
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features: got {shown(features)}, expected a dict of tensors by task")
+        missing = [task for task in self.auxiliary_tasks if task not in features]
+        if missing or len(features) != len(self.auxiliary_tasks):
             raise ValueError(
-                f"features: got tasks {list(features)}, expected {list(self.auxiliary_tasks)}"
+                f"features: got tasks {some(features)}, expected {some(self.auxiliary_tasks)}"
             )
         sources = [features[name] for name in self.auxiliary_tasks]
         check_features(
@@ -139,33 +146,36 @@ class CrossTaskAttention(CacheOwner):
                 (f"features[{name!r}]", x, self.channels)
                 for name, x in zip(self.auxiliary_tasks, sources, strict=True)
             ],
-            self.dimensionality_reduction.conv1.weight,
+            first_parameter(self),
         )
         check_rows(sources, rows_of(self))
-        cast = [cast_for_autocast(x) for x in sources]
+        cast = as_inputs(sources)
         targets = [cast[self.auxiliary_tasks.index(task)] for task in self.tasks]
         others = len(sources) - 1
         blocks, block = self._blocks(), self.dimensionality_reduction
         inference = is_stock(block) and is_inference([self], cast)
         way = choose_way(blocks, cast, self.kind, self.recompute, inference)
-        if way == "folded":
-            with without_autocast(sources[0]):
-                buffers = Buffers(targets, others)
-                attend_folded(blocks, self._wiring, cast, self._cache, "blocks", buffers.outputs)
-                fused = buffers.fuse(block)
+        if way == "folded" and not is_observed():
+            inputs = FusionInputs(targets, others)
+            attend_folded(self, "blocks", blocks, self._wiring, cast, inputs.places)
+            with no_autocast(sources[0].device.type):
+                fused = inputs.fuse(block)
         else:
-            attended = attend(way, blocks, self._wiring, cast, self.kind, self.heads)
+            if way == "folded":
+                attended = attend_folded(self, "blocks", blocks, self._wiring, cast)
+            else:
+                attended = attend(way, blocks, self._wiring, cast)
             rows = [attended[i : i + others] for i in range(0, len(attended), others)]
             fused = fuse(block, [[x, *row] for x, row in zip(targets, rows, strict=True)])
         return {
-            task: in_format_of(features[task] + y, features[task])
+            task: in_format_of(with_plain_gradient(features[task]) + y, features[task])
             for task, y in zip(self.tasks, fused, strict=True)
         }
 
-    def _blocks(self) -> list[CrossAttention]:
+    def _blocks(self) -> list[nn.Module]:
         """In the order of the edges."""
-        modules = [m for row in self.cross_attention.values() for m in [*row.children()][::-1]]
-        return [block for block in modules if isinstance(block, CrossAttention)]
+        rows = [*self.cross_attention.values()]
+        return [block for row in rows for block in [*row.values()][::-1]]  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, heads={self.heads}, recompute={self.recompute!r}"

@@ -18,6 +18,7 @@ from xattn_kernels.distributed import rows_of
 from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.layers import BasicBlock, FoldedBlock, is_stock, sum_repeats
 from xattn_kernels.modules.normalisation import BatchNorm
+from xattn_kernels.ops.tracing import is_observed, is_recorded
 
 GROUP_BYTES = 32 * 2**20
 """Size of the largest input made of several targets: the allocator reuses blocks up to it, and maps
@@ -51,11 +52,11 @@ def fuse(block: BasicBlock, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         hidden = F.relu(_normalise(block.bn1, hidden, count), inplace=True)
         residual = _normalise(block.bn2, block.conv2(hidden), count)
         residual += _normalise(norm, F.conv2d(u, shortcut_weight, shortcut.bias), count)
-        fused += F.relu(residual, inplace=True).chunk(count)
+        fused += _apart(F.relu(residual, inplace=True), count)
     return fused
 
 
-class Buffers:
+class FusionInputs:
     """Inputs of the fuse block in inference, for others to write the attended maps into.
 
     Args:
@@ -66,21 +67,21 @@ class Buffers:
     def __init__(self, features: Sequence[Tensor], others: int) -> None:
         rows = [[x] * (1 + others) for x in features]
         self._buffers = []
-        self.outputs: list[Tensor] = []
-        """One (B, C, H, W) per attended map, target by target, to be written."""
+        self.places: list[Tensor] = []
+        """One (B, C, H, W) per attended map, target by target, to be written to."""
         for group in _groups(rows):
             buffer = _allocate(group)
             self._buffers.append((buffer, len(group)))
             for part, row in zip(buffer.chunk(len(group)), group, strict=True):
-                own, *outputs = part.split(row[0].shape[1], dim=1)
+                own, *places = part.split(row[0].shape[1], dim=1)
                 own.copy_(row[0])
-                self.outputs += outputs
+                self.places += places
 
     def fuse(self, block: BasicBlock) -> list[Tensor]:
         """The block's output for every target. Needs `is_stock` and inference."""
         fused: list[Tensor] = []
         for buffer, count in self._buffers:
-            fused += block.cached("fuse", buffer.dtype, _without_repeats)(buffer).chunk(count)
+            fused += block.folded("fuse", buffer.dtype, _without_repeats)(buffer).chunk(count)
         return fused
 
 
@@ -97,7 +98,12 @@ def _normalise(bn: BatchNorm, x: Tensor, count: int) -> Tensor:
     if count == 1 or not normalisation.uses_batch(bn):
         normalised: Tensor = bn(x)
         return normalised
-    return torch.cat([bn(part) for part in x.chunk(count)])
+    return torch.cat([bn(part) for part in _apart(x, count)])
+
+
+def _apart(x: Tensor, count: int) -> list[Tensor]:
+    """Each of `count` targets, which are the samples of `x` in order."""
+    return [x] if count == 1 else list(x.chunk(count))
 
 
 def _groups(rows: Sequence[Sequence[Tensor]]) -> list[list[Sequence[Tensor]]]:
@@ -105,7 +111,7 @@ def _groups(rows: Sequence[Sequence[Tensor]]) -> list[list[Sequence[Tensor]]]:
     groups: list[list[Sequence[Tensor]]] = []
     for row in rows:
         x = row[0]
-        if torch.compiler.is_exporting():  # a program for any batch knows no bytes
+        if is_recorded():  # a program for any size knows no bytes
             groups.append([row])
             continue
         size = len(row) * x.numel() * x.element_size()
@@ -120,6 +126,9 @@ def _groups(rows: Sequence[Sequence[Tensor]]) -> list[list[Sequence[Tensor]]]:
 
 def _join(group: Sequence[Sequence[Tensor]]) -> Tensor:
     """Targets as samples, parts as channels: (targets B, parts C, H, W) in channels_last."""
+    if is_observed():
+        rows = [torch.cat(list(row), dim=1) for row in group]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
     parts = [part for row in group for part in row]
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         joined: Tensor = _Join.apply(len(group), *parts)  # type: ignore[no-untyped-call]

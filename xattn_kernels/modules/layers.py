@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,19 @@ from torch import Tensor, nn
 
 from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.cache import CacheOwner, DerivedCache
-from xattn_kernels.modules.checks import cast_for_autocast, without_autocast
+from xattn_kernels.modules.freezing import Freezable, refuse_proxies
 from xattn_kernels.modules.normalisation import BatchNorm, normalise
 from xattn_kernels.modules.rows import convolve3x3
-from xattn_kernels.ops.features import ACCUMULATORS, is_transformed
+from xattn_kernels.ops.autocast import cast_for_autocast, no_autocast
+from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, with_plain_gradient
+from xattn_kernels.ops.tracing import is_observed
 
 
 class Projection(nn.Module):
     """1x1 convolution without bias, then batch norm: (B, C, H, W) -> (B, C, H, W)."""
+
+    _stock: ClassVar[bool] = True
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +36,7 @@ class Projection(nn.Module):
         return normalised
 
 
-class ProjectionSet(nn.Module):
+class ProjectionSet(Freezable):
     """The five projections of one cross-attention: 5 C^2 + 10 C parameters."""
 
     def __init__(self, channels: int) -> None:
@@ -43,8 +47,7 @@ class ProjectionSet(nn.Module):
 
     def projections(self) -> list[Projection]:
         """In the order of `functional.cross_attention_block`: 2 query, 2 key, 1 value layers."""
-        modules = [*self.query_project, *self.key_project, self.value_project]
-        return [module for module in modules if isinstance(module, Projection)]
+        return [*self.query_project, *self.key_project, self.value_project]
 
 
 class FoldedBlock(NamedTuple):
@@ -71,7 +74,7 @@ class FoldedBlock(NamedTuple):
         return FoldedBlock(conv1, self.bias1.to(dtype), conv2, self.bias2.to(dtype), shortcut)
 
 
-class BasicBlock(CacheOwner):
+class BasicBlock(Freezable):
     """Two 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
     He et al., "Deep Residual Learning for Image Recognition" (2015), fig. 5. In inference the batch
@@ -85,11 +88,12 @@ class BasicBlock(CacheOwner):
             the input itself and C_in = C_out.
     """
 
+    _stock: ClassVar[bool] = True
+
     def __init__(
         self, in_channels: int, out_channels: int, momentum: float, *, shortcut: bool = True
     ) -> None:
         super().__init__()
-        self._cache = DerivedCache()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels, momentum=momentum)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
@@ -101,18 +105,21 @@ class BasicBlock(CacheOwner):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_proxies(self, x)
         rows = rows_of(self)
         if rows is not None:
             check_rows([x], rows)
             return self.over_processes([x])[0]
-        traced = torch.compiler.is_compiling() or is_transformed()
-        stock = not traced and is_stock(self)
-        if not (traced or stock) and is_stock(self, synchronised=True):
+        observed = is_observed()
+        stock = not observed and is_stock(self, own=True)
+        if not (observed or stock) and is_stock(self, own=True, synchronised=True):
             return self.over_processes([x])[0]
-        if stock and normalisation.is_inference([self], [x]):
-            x = cast_for_autocast(x).contiguous(memory_format=torch.channels_last)
-            with without_autocast(x):
-                return self.cached("block", x.dtype)(x)
+        if (stock or observed) and normalisation.is_inference([self], [x]):
+            x = in_order(cast_for_autocast(x), CHANNELS_LAST)
+            if stock:
+                with no_autocast(x.device.type):
+                    return self.folded("block", x.dtype)(x)
+        x = with_plain_gradient(x)
         hidden = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(hidden))
         residual += x if self.downsample is None else self.downsample(x)
@@ -147,27 +154,26 @@ class BasicBlock(CacheOwner):
             shortcuts = normalise(norm, shortcuts, rows)
         return [F.relu(x.add_(y), inplace=True) for x, y in zip(outputs, shortcuts, strict=True)]
 
-    def cached(
+    def folded(
         self,
         name: str,
         dtype: torch.dtype,
         change: Callable[[FoldedBlock], FoldedBlock] = lambda folded: folded,
     ) -> FoldedBlock:
-        """The folded block in `dtype` after `change`, kept under `name`. Needs `is_stock`."""
+        """The folded block in `dtype` after `change`; frozen under `name`. Needs `is_stock`."""
         pairs: list[tuple[nn.Conv2d, BatchNorm]]
         pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
         if self.downsample is not None:
             pairs.append(self.projected_shortcut())
 
         def make() -> FoldedBlock:
-            folded = [normalisation.fold([c], [bn], ACCUMULATORS[dtype]) for c, bn in pairs]
-            (w1, b1), (w2, b2), *rest = ((w[0], b[0]) for w, b in folded)
+            layers = [normalisation.fold(c, bn, ACCUMULATORS[dtype]) for c, bn in pairs]
+            (w1, b1), (w2, b2), *rest = layers
             for w3, b3 in rest:
                 return change(FoldedBlock(w1, b1, w2, b2 + b3, w3)).to(dtype)
             return change(FoldedBlock(w1, b1, w2, b2, None)).to(dtype)
 
-        sources = [x for conv, bn in pairs for x in normalisation.tensors(conv, bn)]
-        return self._cache.get(name, sources, (dtype, *(bn.eps for _, bn in pairs)), make)
+        return self.derived((name, dtype), make)
 
     def projected_shortcut(self) -> tuple[nn.Conv2d, BatchNorm]:
         """Convolution and batch norm of the shortcut. Needs `is_stock` and a projected one."""
@@ -178,36 +184,100 @@ class BasicBlock(CacheOwner):
         return convolution, norm
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, Projection, ProjectionSet, BasicBlock)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
-_LAYERS = (nn.Conv2d, nn.Linear, nn.ReLU)
+_LAYERS = (nn.Linear, nn.ReLU)
 
 
-def is_stock(*modules: nn.Module, synchronised: bool = False) -> bool:
+def is_stock(*modules: nn.Module, own: bool = False, synchronised: bool = False) -> bool:
     """Whether modules and all below them do what their parameters say and nothing else.
 
-    Then others may compute it for them. False with hooks or where a layer was replaced (a
-    quantised, pruned or parametrised convolution): those have to be called. False as well for a
-    `nn.SyncBatchNorm` whose batch spans processes, except for a caller that sees to it:
-    `synchronised`.
+    Then others may compute it for them. Stock are the very classes of this package and of torch,
+    not classes derived from them, with the settings that they were made with: 1x1 and 3x3
+    convolutions that keep the size of a map. False with hooks, with a `forward` of an instance, or
+    where a layer was replaced (a quantised, pruned, parametrised or dilated convolution): those
+    have to be called. False as well for a `nn.SyncBatchNorm` whose batch spans processes, except
+    for a caller that sees to it: `synchronised`.
+
+    Args:
+        modules: what to look at.
+        own: whether `modules` ask for themselves, in their `forward`: then only what is below them
+            counts.
+        synchronised: see above.
     """
     stack = list(modules)
+    count = len(stack) if own else 0
     while stack:
         module = stack.pop()
         kind = type(module)
-        if normalisation.is_hooked(module):
+        mine = len(stack) < count
+        count = min(count, len(stack))
+        if not mine and normalisation.is_hooked(module):
             return False
         if kind in normalisation.KINDS:
             assert isinstance(module, normalisation.KINDS)
-            if module.weight is None:
+            if module.weight is None or module.bias is None:
                 return False
             if not synchronised and normalisation.statistics_group(module) is not None:
                 return False
-        elif issubclass(kind, _CONTAINERS):
+        elif kind is nn.Conv2d:
+            if not keeps_size(module):
+                return False
+        elif kind in _CONTAINERS or "_stock" in kind.__dict__ or (mine and _is_block(module)):
+            if _is_block(module) and not _is_complete(module):
+                return False
             stack += [child for child in module._modules.values() if child is not None]
         elif kind not in _LAYERS:
             return False
     return True
+
+
+def keeps_size(module: nn.Module, kernel: int | None = None) -> bool:
+    """Whether a module is a dense 1x1 or 3x3 convolution with as many outputs as positions.
+
+    Args:
+        module: any module.
+        kernel: the size of the kernel, if it has to be a certain one.
+    """
+    if type(module) is not nn.Conv2d or module.kernel_size not in ((1, 1), (3, 3)):
+        return False
+    padding = module.kernel_size[0] // 2
+    return (
+        (kernel is None or module.kernel_size == (kernel, kernel) == tuple(module.weight.shape[2:]))
+        and module.padding in ((padding, padding), "same")
+        and module.stride == module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+    )
+
+
+def is_pointwise_norm(layers: nn.Module | None) -> bool:
+    """Whether `layers` are a 1x1 convolution and a batch norm, in sequence."""
+    return (
+        type(layers) is nn.Sequential
+        and len(layers) == 2
+        and keeps_size(layers[0], 1)
+        and type(layers[1]) in normalisation.KINDS
+    )
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, Projection | ProjectionSet | BasicBlock)
+
+
+def _is_complete(module: nn.Module) -> bool:
+    """Whether a block has the layers that it is made with."""
+    if isinstance(module, Projection):
+        return keeps_size(module.conv, 1) and type(module.bn) in normalisation.KINDS
+    if isinstance(module, BasicBlock):
+        return (
+            keeps_size(module.conv1, 3)
+            and keeps_size(module.conv2, 3)
+            and (module.downsample is None or is_pointwise_norm(module.downsample))
+        )
+    assert isinstance(module, ProjectionSet)
+    projections = module.projections()
+    return len(projections) == 5 and all(type(p) is Projection for p in projections)
 
 
 def check_stock(module: nn.Module) -> None:
@@ -216,7 +286,7 @@ def check_stock(module: nn.Module) -> None:
     Raises:
         RuntimeError: unless `module` is stock but for synchronised batch norms.
     """
-    if not is_stock(module, synchronised=True):
+    if not is_stock(module, own=True, synchronised=True):
         raise RuntimeError(
             f"{type(module).__name__}: got hooks or layers other than the built-in ones, expected "
             "none where maps are split over processes: they would not know of the other rows"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from xattn_kernels import distributed
 from xattn_kernels.distributed import Reduction
+from xattn_kernels.ops import folding
 from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.ops.library import forbid_double_backward
+from xattn_kernels.ops.tracing import is_observed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,6 +52,19 @@ def agree(norms: Sequence[BatchNorm]) -> bool:
     )
 
 
+def own_parameters(module: nn.Module) -> Iterable[Tensor | None]:
+    """The parameters of a module itself, also of a replica that `nn.DataParallel` made of it."""
+    if getattr(module, "_is_replica", False):
+        copies: dict[str, Tensor] = module._former_parameters  # type: ignore[assignment]
+        return copies.values()
+    return module._parameters.values()
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """The first parameter below a module or a replica: features have its dtype and device."""
+    return next(p for m in module.modules() for p in own_parameters(m) if p is not None)
+
+
 def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> bool:
     """Whether no gradient can be asked for and every batch norm below uses running statistics."""
     gradient = torch.is_grad_enabled()
@@ -59,39 +75,31 @@ def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> boo
         module = stack.pop()
         if isinstance(module, KINDS) and uses_batch(module):
             return False
-        if gradient and any(p is not None and p.requires_grad for p in module._parameters.values()):
+        if gradient and any(p is not None and p.requires_grad for p in own_parameters(module)):
             return False
         stack += [child for child in module._modules.values() if child is not None]
     return True
 
 
-def fold(
-    convolutions: Sequence[nn.Conv2d], norms: Sequence[BatchNorm], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Convolutions of one shape, each followed by a norm with running statistics, as affine maps.
+def fold(convolution: nn.Conv2d, norm: BatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A convolution and a norm with running statistics behind it as one affine map.
 
     Returns:
-        Weights (R, C_out, C_in, kH, kW) and biases (R, C_out) in `dtype`.
+        Weight (C_out, C_in, kH, kW) and bias (C_out) in `dtype`.
     """
-    weight = _stack([conv.weight for conv in convolutions], dtype)
-    scale = _stack([bn.weight for bn in norms], dtype)
-    var = _stack([bn.running_var for bn in norms], dtype)
-    scale = scale * torch.rsqrt(var + norms[0].eps)
-    shift = _stack([bn.running_mean for bn in norms], dtype) * scale
-    bias = _stack([bn.bias for bn in norms], dtype) - shift
-    if convolutions[0].bias is not None:
-        bias = bias + _stack([conv.bias for conv in convolutions], dtype) * scale
-    return scale[:, :, None, None, None] * weight, bias
+    gamma, beta, mean, var = affine_tensors(norm)
+    bias = () if convolution.bias is None else (convolution.bias,)
+    weight, shift = folding.fold(
+        (convolution.weight,), (gamma,), (beta,), (mean,), (var,), norm.eps, dtype, bias
+    )
+    return weight[0], shift[0]
 
 
-def tensors(conv: nn.Conv2d, bn: BatchNorm) -> list[Tensor]:
-    """What `fold` reads."""
-    candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return [x for x in candidates if x is not None]
-
-
-def _stack(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    return torch.stack([x for x in tensors if x is not None]).to(dtype)
+def affine_tensors(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, bias, running mean and running variance of a norm that has all of them."""
+    found = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    assert all(x is not None for x in found)
+    return found  # type: ignore[return-value]
 
 
 def check_size(x: Tensor) -> None:
@@ -125,7 +133,19 @@ def update(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
         factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
         if bn.momentum is None and count is not None:
             factor = count.to(running.dtype).reciprocal()  # of all batches alike
-        running.lerp_(new.to(running.dtype), factor)
+        with _uncounted(running):
+            running.lerp_(new.to(running.dtype), factor)
+
+
+def _uncounted(*running: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which running statistics are written to without counting a version.
+
+    As torch's own batch norm does, whose backward pass has saved them and does not read them.
+    """
+    if is_observed():
+        return contextlib.nullcontext()
+    context: Any = torch.autograd.grad_mode._unsafe_preserve_version_counter
+    return context(running)  # type: ignore[no-any-return]
 
 
 def update_each(
@@ -148,7 +168,8 @@ def update_each(
             update(bn, mean, var)
         return
     torch._foreach_add_(counts, 1)
-    torch._foreach_lerp_(running, new, momentum)
+    with _uncounted(*running):
+        torch._foreach_lerp_(running, new, momentum)
 
 
 def normalise(
@@ -174,12 +195,14 @@ def normalise(
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its `forward`."""
+    """Whether calling `module` does more than the `forward` of its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 
@@ -237,9 +260,19 @@ class _BatchNorm(torch.autograd.Function):
         return *outputs, mean, var, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mean, inverse_sigma, factor, count, *inputs = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = _BatchNorm._gradients(ctx, saved, gradients)
+        return forbid_double_backward(
+            "batch norm over processes", found, (*saved, *gradients), "that of one process can"
+        )
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, saved: Sequence[Any], gradients: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        weight, mean, inverse_sigma, factor, count, *inputs = saved
         dtype = mean.dtype
         pairs = []
         for x, g, m, r in zip(inputs, gradients[: len(inputs)], mean, inverse_sigma, strict=True):

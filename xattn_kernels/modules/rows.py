@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xattn_kernels import functional
 from xattn_kernels.distributed import gather, reduction
+from xattn_kernels.ops.library import forbid_double_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_INSTEAD = "attention to maps that are whole can"
 
 
 def convolve3x3(
@@ -60,14 +63,14 @@ class _Halos(torch.autograd.Function):
         ctx.rows = inputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        own = [gradient[:, :, 1:-1].clone() for gradient in gradients]
-        for x, (above, below) in zip(own, _neighbours(gradients, ctx.rows), strict=True):
-            for row, neighbour in ((x[:, :, 0], above), (x[:, :, -1], below)):
-                if neighbour is not None:
-                    row += neighbour
-        return None, *own
+        with torch.no_grad():
+            own = [gradient[:, :, 1:-1].clone() for gradient in gradients]
+            for x, (above, below) in zip(own, _neighbours(gradients, ctx.rows), strict=True):
+                for row, neighbour in ((x[:, :, 0], above), (x[:, :, -1], below)):
+                    if neighbour is not None:
+                        row += neighbour
+        return None, *forbid_double_backward("rows of neighbours", own, gradients, _INSTEAD)
 
 
 def _pad(x: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
@@ -97,9 +100,10 @@ class _AllReduce(torch.autograd.Function):
         ctx.rows = inputs[0]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, s: Tensor, z: Tensor) -> tuple[None, Tensor, Tensor]:
-        return None, *reduction(None, ctx.rows).states(s, z)
+    def backward(ctx: Any, s: Tensor, z: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            states = reduction(None, ctx.rows).states(s, z)
+        return None, *forbid_double_backward("sums of states", states, (s, z), _INSTEAD)
 
 
 def _neighbours(

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xattn_kernels.ops.autocast import autocast_dtype, cast_for_autocast
 from xattn_kernels.ops.cross_attention_block_training.layers import LAYERS, Parameters
 from xattn_kernels.ops.features import (
     ACCUMULATORS,
     as_list,
-    cast_for_autocast,
     check_first,
     describe,
     flatten,
-    new_output,
 )
 from xattn_kernels.ops.overlap import first_overlap
+from xattn_kernels.ops.tracing import is_observed
 from xattn_kernels.schedule import Schedule
 
 
@@ -28,8 +28,6 @@ class BlockInputs(NamedTuple):
     features: list[Tensor]
     spatial: list[torch.Size]
     """The shape of each slot after its channels, as the caller gave it."""
-    autocast: str | None
-    """The device type under whose autocast the features were cast, if any."""
 
 
 def check_block_inputs(
@@ -42,7 +40,7 @@ def check_block_inputs(
         ValueError: for shapes, devices or numbers of slots that do not fit each other, and for an
             output whose edges differ in weight id: they share one query projection.
     """
-    inputs = _check_slots(features, schedule)
+    inputs = check_slots(features, schedule)
     check_block_weights(weight, bias, inputs.features[0].dtype, inputs.features[0])
     if weight.size(0) != schedule.num_weights:
         raise ValueError(
@@ -68,7 +66,7 @@ def check_training_inputs(
         ValueError: for shapes, devices or numbers of slots or layers that do not fit each other,
             and for a running mean without variance, or the reverse.
     """
-    inputs = _check_slots(features, schedule)
+    inputs = check_slots(features, schedule)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing}: got None, expected both running statistics or neither")
@@ -122,15 +120,13 @@ def _layers(
     return layers
 
 
-def _check_slots(features: Sequence[Tensor], schedule: Schedule) -> BlockInputs:
+def check_slots(features: Sequence[Tensor], schedule: Schedule) -> BlockInputs:
+    """`check_block_inputs` without the weights."""
     slots = as_list("features", features)
     first = slots[0]
     check_first("features[0]", first)
-    device = first.device.type
-    autocast = None
-    if torch.is_autocast_enabled(device):
-        autocast = device
-        slots = cast_for_autocast(slots, device)
+    if autocast_dtype(first.device.type) is not None:
+        slots = [cast_for_autocast(x) if isinstance(x, Tensor) else x for x in slots]
         first = slots[0]
     spatial = [x.shape[2:] for x in slots]
     (slots,) = flatten(("features",), (slots,), first)
@@ -150,7 +146,7 @@ def _check_slots(features: Sequence[Tensor], schedule: Schedule) -> BlockInputs:
                 f"schedule: edge {number} {tuple(edge)}: got weight id {edge.weight}, expected "
                 f"{expected} as the other edges of output slot {edge.output}"
             )
-    return BlockInputs(slots, spatial, autocast)
+    return BlockInputs(slots, spatial)
 
 
 def check_block_weights(
@@ -193,14 +189,16 @@ def check_block_weights(
             raise ValueError(f"{name}: got {describe(x)}, expected a tensor on {device}")
 
 
-def block_outputs(
-    out: Sequence[Tensor] | None,
-    inputs: BlockInputs,
-    weight: Tensor,
-    bias: Tensor,
-    schedule: Schedule,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs as the caller sees them and as (B, C, N); new ones if ``out`` is None.
+def check_outputs(
+    out: Sequence[Tensor], inputs: BlockInputs, others: Sequence[Tensor], schedule: Schedule
+) -> list[Tensor]:
+    """Return given outputs as (B, C, N).
+
+    Args:
+        out: what the caller gave.
+        inputs: the features.
+        others: what is read besides.
+        schedule: the edges.
 
     Raises:
         TypeError: for outputs of another dtype than the features.
@@ -209,21 +207,13 @@ def block_outputs(
             another output, or within an output.
     """
     queries = schedule.output_queries
-    if out is None:
-        flat = [new_output(inputs.features[q], inputs.features[q].size(1)) for q in queries]
-        shaped = [
-            x if len(inputs.spatial[q]) == 1 else x.view(*x.shape[:2], *inputs.spatial[q])
-            for x, q in zip(flat, queries, strict=True)
-        ]
-        return shaped, flat
     if isinstance(out, Tensor) or len(out) != len(queries):
         raise ValueError(
             f"out: got {describe(out) if isinstance(out, Tensor) else f'{len(out)} tensors'}, "
             f"expected a sequence of {len(queries)} tensors"
         )
-    outputs = list(out)
     flat = []
-    for slot, (x, q) in enumerate(zip(outputs, queries, strict=True)):
+    for slot, (x, q) in enumerate(zip(out, queries, strict=True)):
         query = inputs.features[q]
         shape = (*query.shape[:2], *inputs.spatial[q])
         if not isinstance(x, Tensor) or x.dtype is not query.dtype:
@@ -232,6 +222,8 @@ def block_outputs(
             raise ValueError(
                 f"out[{slot}]: got {describe(x)}, expected shape {shape} on {query.device}"
             )
+        if not is_observed() and x.is_neg():
+            raise ValueError(f"out[{slot}]: got a tensor with the negative bit, expected none")
         try:
             flat.append(x.view(query.shape))
         except RuntimeError:
@@ -239,9 +231,9 @@ def block_outputs(
                 f"out[{slot}]: got strides {x.stride()}, expected spatial dimensions with a "
                 "common stride"
             ) from None
-    if not torch.compiler.is_compiling():  # traced tensors have no addresses
-        _check_memory(flat, [*inputs.features, weight, bias])
-    return outputs, flat
+    if not is_observed():  # tensors that stand for others have no addresses
+        _check_memory(flat, [*inputs.features, *others])
+    return flat
 
 
 def _check_memory(outputs: list[Tensor], inputs: list[Tensor]) -> None:

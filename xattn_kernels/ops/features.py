@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from xattn_kernels.ops.gradients import with_plain_gradient
 
 #: Element types of features, and the type in which states, sums and divisions are kept.
 ACCUMULATORS = {
@@ -18,8 +19,6 @@ ACCUMULATORS = {
 
 #: One tensor, or one per slot.
 Features = Tensor | Sequence[Tensor]
-
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_list(name: str, features: Features) -> list[Tensor]:
@@ -59,8 +58,8 @@ def flatten(
 ) -> list[list[Tensor]]:
     """Check the slots of each argument against the first tensor of all; return them as (B, C, N).
 
-    A list without 4-D tensors is returned itself. A 4-D tensor is copied only when its two spatial
-    dimensions have no common stride.
+    A list without 4-D tensors or gradients is returned itself. A 4-D tensor is copied only when its
+    two spatial dimensions have no common stride. Gradients will have the strides of what was given.
 
     Raises:
         TypeError: for anything but strided tensors of the dtype of ``first``.
@@ -69,8 +68,9 @@ def flatten(
     """
     dtype, device, batch = first.dtype, first.device, first.size(0)
     flat = []
+    gradient = torch.is_grad_enabled()
     for argument in slots:
-        images = False
+        changed = False
         for x in argument:
             if (
                 not isinstance(x, Tensor)
@@ -82,20 +82,15 @@ def flatten(
                 or x.size(1) == 0
             ):
                 _reject(names, slots, first)
-            images = images or dims == 4
-        flat.append([x.flatten(2) for x in argument] if images else argument)
+            changed = changed or dims == 4 or (gradient and x.requires_grad)
+        flat.append([_tokens(x) for x in argument] if changed else argument)
     return flat
 
 
-def cast_for_autocast(features: list[Tensor], device: str) -> list[Tensor]:
-    """Cast as torch's autocast does: floating-point tensors, but float64, to the autocast dtype."""
-    dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in features]
-
-
-def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, N) or (B, C, H, W) as (B, C, N)."""
+    x = with_plain_gradient(x)
+    return x.flatten(2) if x.dim() == 4 else x
 
 
 def is_token_major(x: Tensor) -> bool:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from operator import index
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from xattn_kernels.ops.autocast import autocast_dtype, cast_for_autocast
 from xattn_kernels.ops.features import (
     Features,
     as_list,
-    cast_for_autocast,
     check_first,
     flatten,
-    is_transformed,
 )
+from xattn_kernels.ops.tracing import is_transformed
 from xattn_kernels.registry import Problem, select, wants_gradient
 from xattn_kernels.schedule import Schedule
 
@@ -62,8 +61,8 @@ class Inputs(NamedTuple):
     schedule: Schedule | None
     single: bool
     """Whether the caller gave tensors, and not lists."""
-    autocast: str | None
-    """The device type under whose autocast the slots were cast, if any."""
+    device: str
+    """The device type."""
     given: list[Tensor]
     """The queries in the caller's shape."""
 
@@ -154,10 +153,11 @@ def check_inputs(
     first = queries[0]
     check_first("query[0]", first)
     device = first.device.type
-    autocast = None
-    if torch.is_autocast_enabled(device):
-        autocast = device
-        queries, keys, values = (cast_for_autocast(x, device) for x in (queries, keys, values))
+    if autocast_dtype(device) is not None:
+        queries, keys, values = (
+            [cast_for_autocast(x) if isinstance(x, Tensor) else x for x in slots]
+            for slots in (queries, keys, values)
+        )
         first = queries[0]
     given = queries
     queries, keys, values = flatten(_NAMES, (queries, keys, values), first)
@@ -178,4 +178,4 @@ def check_inputs(
             raise ValueError(
                 f"value[{slot}]: got {v.size(2)} tokens, expected {k.size(2)} as key[{slot}] has"
             )
-    return Inputs(queries, keys, values, schedule, single, autocast, given)
+    return Inputs(queries, keys, values, schedule, single, device, given)

@@ -17,18 +17,28 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # Results are read and written through strides: a compiler must keep those of the fake kernels.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+#: What to do for derivatives that operators with kernels have not.
+INSTEAD = 'with backend("reference") and, in modules, recompute=False it can'
+
 #: Context in which operators are called without being recorded for a backward pass.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def define(name: str, schema: str, op: str, function: str, fake: Callable[..., Any]) -> Any:
+def define(
+    name: str,
+    schema: str,
+    op: str,
+    function: str | Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:
     """Register an operator that runs ``function`` of the engine named by its last argument.
 
     Args:
         name: name in ``torch.ops.xattn_kernels``.
         schema: arguments, the last one ``str engine``, and results.
         op: folder of the engines' modules.
-        function: what to call in the engine's module, with all arguments but the last.
+        function: what to call in the engine's module, with all arguments but the last; or what to
+            call with that module and these arguments.
         fake: gives the shapes, dtypes and strides of the results, from all arguments.
 
     Returns:
@@ -36,13 +46,30 @@ def define(name: str, schema: str, op: str, function: str, fake: Callable[..., A
     """
 
     def run(*args: Any) -> Any:
-        return getattr(registry.engine_module(op, args[-1]), function)(*args[:-1])
+        module = registry.engine_module(op, args[-1])
+        values = [_resolved(x) for x in args[:-1]]
+        if isinstance(function, str):
+            return getattr(module, function)(*values)
+        return function(module, *values)
 
     library.define(name + schema, tags=_TAGS)
     for device in ("CPU", "CUDA"):
         library.impl(name, run, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return getattr(torch.ops.xattn_kernels, name).default
+
+
+def _resolved(x: Any) -> Any:
+    """An argument whose tensors hold the values that they stand for.
+
+    A tensor with torch's negative bit stands for minus what is in its memory; torch resolves it for
+    operators, but not in lists with missing tensors.
+    """
+    if isinstance(x, Tensor):
+        return x.resolve_neg()
+    if isinstance(x, list | tuple) and any(isinstance(y, Tensor) and y.is_neg() for y in x):
+        return [_resolved(y) for y in x]
+    return x
 
 
 def bump_versions(op: Any, outputs: int) -> None:
@@ -76,27 +103,55 @@ def place_gradients(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list
     return [next(remaining) if want else None for want in wanted]
 
 
-def once(
+def forbid_double_backward(
     name: str,
-    gradients: list[Tensor],
+    gradients: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
-    instead: str = 'with backend("reference") it can',
-) -> list[Tensor]:
+    instead: str = INSTEAD,
+) -> tuple[Tensor | None, ...]:
     """Return gradients that can be used freely but not be differentiated again.
 
-    Only needed under ``create_graph=True``; differentiating them raises NotImplementedError, which
-    says what can be done ``instead``.
+    Only needed under ``create_graph=True``; differentiating them with respect to anything that they
+    depend on raises NotImplementedError. (torch's `once_differentiable` does so only where the
+    incoming gradients require one, and only on the way to all inputs at once.)
+
+    Args:
+        name: of what has no double backward.
+        gradients: to be returned; None for none.
+        inputs: all that they depend on: what was saved for backward, and the incoming gradients.
+        instead: what to do to get second derivatives.
     """
-    if not torch.is_grad_enabled():
-        return gradients
-    return list(_once((name, instead), len(gradients), *gradients, *inputs))
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(gradients)
+    found = [x for x in gradients if x is not None]
+    marked = _forbid((name, instead), len(found), *found, *inputs)
+    return tuple(place_gradients(marked, [x is not None for x in gradients]))
 
 
-class _Once(torch.autograd.Function):
+def check_not_batched(name: str, gradients: Sequence[Tensor | None]) -> None:
+    """Refuse a backward pass of several gradients at once: kernels take one.
+
+    Raises:
+        NotImplementedError: in ``is_grads_batched=True`` and under `torch.func.vmap`.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch._C._are_functorch_transforms_active() or any(
+        x is not None and batched(x) for x in gradients
+    ):
+        raise NotImplementedError(
+            f"{name}: its backward pass takes one gradient at a time, not a batch of them "
+            f"(is_grads_batched, vmap); {INSTEAD}"
+        )
+
+
+class _Forbid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, str], count: int, *tensors: Tensor) -> Any:
-        ctx.names = names
-        return tuple(x.view_as(x) for x in tensors[:count])
+    def forward(names: tuple[str, str], count: int, *tensors: Tensor | None) -> Any:
+        return tuple(x.view_as(x) for x in tensors[:count] if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.names = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -106,4 +161,4 @@ class _Once(torch.autograd.Function):
         )
 
 
-_once: Callable[..., tuple[Tensor, ...]] = _Once.apply
+_forbid: Callable[..., tuple[Tensor, ...]] = _Forbid.apply

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xattn_kernels.ops.autocast import autocast_dtype, cast_for_autocast
 from xattn_kernels.ops.features import (
     ACCUMULATORS,
     as_list,
-    cast_for_autocast,
     check_first,
     describe,
     flatten,
 )
+from xattn_kernels.ops.gradients import with_plain_gradient
 
 
 class PyramidInputs(NamedTuple):
@@ -24,8 +25,6 @@ class PyramidInputs(NamedTuple):
     features: list[Tensor]
     weights: list[Tensor]
     classifier_bias: Tensor
-    autocast: str | None
-    """The device type under whose autocast the features were cast, if any."""
 
 
 def check_pyramid_inputs(
@@ -47,11 +46,8 @@ def check_pyramid_inputs(
     levels = as_list("features", features)
     first = levels[0]
     check_first("features[0]", first)
-    device = first.device.type
-    autocast = None
-    if torch.is_autocast_enabled(device):
-        autocast = device
-        levels = cast_for_autocast(levels, device)
+    if autocast_dtype(first.device.type) is not None:
+        levels = [cast_for_autocast(x) if isinstance(x, Tensor) else x for x in levels]
         first = levels[0]
     flatten(("features",), (levels,), first)
     for s, x in enumerate(levels):
@@ -99,4 +95,5 @@ def check_pyramid_inputs(
             f"features[0]: got {describe(first)}, expected more than one value per channel for "
             "batch statistics"
         )
-    return PyramidInputs(levels, matrices, classifier_bias, autocast)
+    levels = [with_plain_gradient(x) for x in levels]
+    return PyramidInputs(levels, matrices, classifier_bias)

@@ -50,31 +50,55 @@ struct PackedWeights {
   }
 };
 
+// One projection into its packed matrix and bias: W and b, or with the statistics of a batch norm
+// diag(s) W and beta - s mean for s = gamma / sqrt(var + eps). The scale is computed in double: it is
+// the same for all products of a channel, whose rounding errors would not average out.
 template <class Op>
-void pack(int64_t channels, int64_t weights, const void* weight_data, const void* bias_data, void* packed_data) {
-  using Unit = typename Op::Unit;
+void pack_projection(const FoldedLayer& layer, int64_t channels, double eps, typename Op::Unit* matrix,
+                     typename Op::Real* bias) {
   using Real = typename Op::Real;
   const PackedWeights<Op> layout{channels};
-  char* packed = static_cast<char*>(packed_data);
-  std::memset(packed, 0, static_cast<size_t>(kLayoutHeader + weights * layout.bytes()));
-  const int64_t number = layout.layout();
-  std::memcpy(packed, &number, sizeof(number));
-  const Real *weight = static_cast<const Real*>(weight_data), *bias = static_cast<const Real*>(bias_data);
-  for (int64_t w = 0; w < weights; ++w) {
-    char* set = layout.set(packed, w);
-    for (int i = 0; i < kProjections; ++i, weight += channels * channels, bias += channels) {
-      Unit* matrix = const_cast<Unit*>(layout.matrix(set, i).data);
-      for (int64_t m = 0; m < channels; ++m) {
-        for (int64_t k = 0; k < layout.depth(); ++k) {
-          Real values[2] = {weight[m * channels + k * Op::kDepth], Real(0)};
-          if (Op::kDepth == 2 && k * 2 + 1 < channels) values[1] = weight[m * channels + k * 2 + 1];
-          matrix[m / kPanel<Op> * layout.depth() * kPanel<Op> + k * kPanel<Op> + m % kPanel<Op>] =
-              make_unit<Op>(values);
-        }
+  const int64_t depth = layout.depth();
+  const Real *weight = static_cast<const Real*>(layer.weight), *gamma = static_cast<const Real*>(layer.gamma),
+             *beta = static_cast<const Real*>(layer.beta), *mean = static_cast<const Real*>(layer.mean),
+             *var = static_cast<const Real*>(layer.var);
+  for (int64_t first = 0; first < layout.padded(); first += kPanel<Op>) {
+    const int64_t width = min64(channels - first, kPanel<Op>);
+    double scale[kPanel<Op>];
+    for (int64_t i = 0; i < kPanel<Op>; ++i) {
+      const int64_t m = first + i;
+      scale[i] = i < width && gamma != nullptr ? double(gamma[m]) / __builtin_sqrt(double(var[m]) + eps) : 1.0;
+      const double shift = i < width && gamma != nullptr ? scale[i] * double(mean[m]) : 0.0;
+      bias[m] = i < width ? Real(double(beta[m]) - shift) : Real(0);
+    }
+    auto* panel = matrix + first * depth;
+    for (int64_t k = 0; k < depth; ++k, panel += kPanel<Op>) {
+      for (int64_t i = 0; i < width; ++i) {
+        const Real* row = weight + (first + i) * channels + k * Op::kDepth;
+        Real values[2] = {Real(row[0] * scale[i]), Real(0)};
+        if (Op::kDepth == 2 && k * 2 + 1 < channels) values[1] = Real(row[1] * scale[i]);
+        panel[i] = make_unit<Op>(values);
       }
-      std::memcpy(const_cast<Real*>(layout.bias(set, i)), bias, sizeof(Real) * static_cast<size_t>(channels));
+      for (int64_t i = max64(width, 0); i < kPanel<Op>; ++i) panel[i] = typename Op::Unit(0);
     }
   }
+}
+
+template <class Op>
+void pack(int64_t channels, Span<const FoldedLayer> layers, double eps, char* packed, int threads) {
+  const PackedWeights<Op> layout{channels};
+  std::memset(packed, 0, kLayoutHeader);
+  const int64_t number = layout.layout();
+  std::memcpy(packed, &number, sizeof(number));
+  parallel_for(layers.size / kProjections, threads, [&](int64_t w, int) {
+    char* set = layout.set(packed, w);
+    for (int i = 0; i < kProjections; ++i)
+      pack_projection<Op>(layers[w * kProjections + i], channels, eps,
+                          const_cast<typename Op::Unit*>(layout.matrix(set, i).data),
+                          const_cast<typename Op::Real*>(layout.bias(set, i)));
+    char* end = reinterpret_cast<char*>(const_cast<typename Op::Real*>(layout.bias(set, kProjections)));
+    std::memset(end, 0, static_cast<size_t>(set + layout.bytes() - end));
+  });
 }
 
 // Length of a channel's row of keys, in reals: whole vectors of units.
@@ -417,8 +441,8 @@ size_t block_packed_bytes(Dtype dtype, int64_t channels, int64_t weights) {
   return bytes;
 }
 
-void block_pack(Dtype dtype, int64_t channels, int64_t weights, const void* weight, const void* bias, void* packed) {
-  with_op(dtype, [&](auto op) { pack<decltype(op)>(channels, weights, weight, bias, packed); });
+void block_pack(Dtype dtype, int64_t channels, Span<const FoldedLayer> layers, double eps, void* packed, int threads) {
+  with_op(dtype, [&](auto op) { pack<decltype(op)>(channels, layers, eps, static_cast<char*>(packed), threads); });
 }
 
 bool block_forward(const BlockProblem& problem, int threads) {

@@ -12,7 +12,7 @@ void linear_backward(const LinearProblem&, const LinearGradients&, int);
 void softmax_forward(const SoftmaxProblem&, int);
 void softmax_backward(const SoftmaxProblem&, const SoftmaxGradients&, int);
 size_t block_packed_bytes(Dtype, int64_t, int64_t);
-void block_pack(Dtype, int64_t, int64_t, const void*, const void*, void*);
+void block_pack(Dtype, int64_t, Span<const FoldedLayer>, double, void*, int);
 bool block_forward(const BlockProblem&, int);
 void pyramid_forward(const PyramidProblem&, int);
 void pyramid_classify(const PyramidProblem&, int);

@@ -13,7 +13,7 @@ struct Kernels {
   void (*softmax_forward)(const SoftmaxProblem&, int threads);
   void (*softmax_backward)(const SoftmaxProblem&, const SoftmaxGradients&, int threads);
   size_t (*block_packed_bytes)(Dtype, int64_t channels, int64_t weights);
-  void (*block_pack)(Dtype, int64_t channels, int64_t weights, const void* weight, const void* bias, void* packed);
+  void (*block_pack)(Dtype, int64_t channels, Span<const FoldedLayer> layers, double eps, void* packed, int threads);
   // False if the weights were packed for another instruction set.
   bool (*block_forward)(const BlockProblem&, int threads);
   // z and what is wanted of it; the output from a stored z; the sums over the gradient of its affine map;

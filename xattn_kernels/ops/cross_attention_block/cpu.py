@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.ops.features import ACCUMULATORS, describe
-from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, views
+from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, pointer, views
 from xattn_kernels.registry import Problem
 
 _core = core()
@@ -27,17 +27,53 @@ def packed_bytes(dtype: torch.dtype, channels: int, num_weights: int) -> int:
 
 def pack(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the projections in the kernel's layout for features of ``dtype``, as bytes."""
-    num_weights, _, _, channels = weight.shape
-    accumulator = ACCUMULATORS[dtype]
-    weight, bias = (x.to(accumulator).contiguous() for x in (weight, bias))
-    packed = weight.new_empty(packed_bytes(dtype, channels, num_weights), dtype=torch.uint8)
+    none: list[Tensor | None] = [None] * (5 * weight.size(0))
+    return _pack(weight.flatten(0, 1), none, bias.flatten(0, 1), none, none, 0.0, dtype)
+
+
+def fold(
+    weight: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    bn_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`pack`, of projections that batch norms follow; folded while they are packed."""
+    return _pack(weight, gamma, beta, mean, var, bn_eps, dtype)
+
+
+def _pack(
+    weight: Sequence[Tensor] | Tensor,
+    gamma: Sequence[Tensor | None],
+    beta: Sequence[Tensor] | Tensor,
+    mean: Sequence[Tensor | None],
+    var: Sequence[Tensor | None],
+    bn_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    accumulator, like = ACCUMULATORS[dtype], beta[0]
+    channels = like.size(0)
+    layers = []  # held until the call returns
+    for matrix, *vectors in zip(weight, gamma, beta, mean, var, strict=True):
+        wrong = [x for x in vectors if x is not None and x.numel() != channels]
+        if wrong or matrix.numel() != channels**2:
+            raise ValueError(
+                f"layers: got {describe(wrong[0] if wrong else matrix)}, expected {channels} "
+                "channels as the first layer has"
+            )
+        layers.append(
+            [None if x is None else x.to(accumulator).contiguous() for x in (matrix, *vectors)]
+        )
+    packed = like.new_empty(packed_bytes(dtype, channels, len(layers) // 5), dtype=torch.uint8)
     _core.block_pack(
         DTYPE_CODES[dtype],
         channels,
-        num_weights,
-        weight.data_ptr(),
-        bias.data_ptr(),
+        [[pointer(x) for x in layer] for layer in layers],
+        bn_eps,
         packed.data_ptr(),
+        torch.get_num_threads(),
     )
     return packed
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xattn_kernels.ops import native_cuda
 from xattn_kernels.ops.features import describe
+from xattn_kernels.ops.folding import fold_projections
 from xattn_kernels.ops.native import DTYPE_CODES, views
 from xattn_kernels.registry import Problem
 
@@ -47,6 +48,19 @@ def pack(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         weights = weights.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     biases = F.pad(bias.float(), (0, padding), value=_NO_CHANNEL)
     return torch.cat([x.contiguous().view(torch.uint8).flatten() for x in (weights, biases)])
+
+
+def fold(
+    weight: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    bn_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`pack`, of projections that batch norms follow."""
+    return pack(*fold_projections(weight, gamma, beta, mean, var, bn_eps, dtype), dtype)
 
 
 def forward(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels.ops.features import describe
+from xattn_kernels.ops.folding import fold_projections
 from xattn_kernels.ops.linear_cross_attention import triton as linear
 from xattn_kernels.registry import Problem
 from xattn_kernels.triton import runtime, tuning
@@ -55,6 +56,19 @@ def pack(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     weights = F.pad(weight.to(_weight_type(dtype)), (0, padding, 0, padding))
     biases = F.pad(bias.float(), (0, padding))
     return torch.cat([x.contiguous().view(torch.uint8).flatten() for x in (weights, biases)])
+
+
+def fold(
+    weight: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    bn_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`pack`, of projections that batch norms follow."""
+    return pack(*fold_projections(weight, gamma, beta, mean, var, bn_eps, dtype), dtype)
 
 
 def forward(

@@ -30,7 +30,6 @@ then sum x' of one process is not zero, and its share of dW_1, with n' of its ow
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from xattn_kernels.distributed import Reduction
 from xattn_kernels.ops import library
+from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.cross_attention_block_training import op
 from xattn_kernels.ops.cross_attention_block_training.layers import (
     Gradients,
@@ -158,7 +158,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         features, parameters = settings.unpack(tensors)
-        with _no_autocast(features[0]):
+        with no_autocast(features[0].device.type):
             return _forward(settings, features, parameters)
 
     @staticmethod
@@ -171,16 +171,14 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        library.check_not_batched(op.OP, grads)
         saved = ctx.saved_tensors  # once: checkpoints compute them at every access
         tensors, kept = saved[:-_KEPT], _Kept(*saved[-_KEPT:])
         grad_outputs, wanted = grads[:-_KEPT], ctx.needs_input_grad[1:]
-        with torch.no_grad(), _no_autocast(tensors[0]):
+        with torch.no_grad(), no_autocast(tensors[0].device.type):
             gradients = _backward(ctx.settings, tensors, kept, grad_outputs, wanted)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = [x for x in gradients if x is not None]
-            found = library.once(op.OP, found, (*tensors, *grad_outputs), _INSTEAD)
-            gradients = library.place_gradients(found, [x is not None for x in gradients])
-        return (None, *gradients)
+        inputs = (*tensors, *grad_outputs)
+        return (None, *library.forbid_double_backward(op.OP, gradients, inputs, _INSTEAD))
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _Function.apply
@@ -468,11 +466,3 @@ def _scaled(scale: Tensor, matrix: Tensor) -> Tensor:
 def _apply_rows(matrix: Tensor, vector: Tensor) -> Tensor:
     """Products of matrices (R, C, C) with vectors (R, C)."""
     return (matrix @ vector.unsqueeze(2)).squeeze(2)
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """What is computed here is in the dtype that it has, also where backward is autocast."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

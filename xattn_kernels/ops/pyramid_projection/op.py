@@ -21,6 +21,8 @@ from torch import Tensor
 
 from xattn_kernels.ops import library
 from xattn_kernels.ops.features import ACCUMULATORS
+from xattn_kernels.ops.gradients import empty_gradient
+from xattn_kernels.ops.tracing import is_recorded
 
 OP = "pyramid_projection"
 
@@ -61,9 +63,8 @@ def allocate_gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Uninitialised gradients of features, weights, scale, shift, classifier and its bias."""
-    gradients = [torch.empty_like(x, memory_format=torch.preserve_format) for x in features]
     parameters = (*weights, scale, scale, classifier, classifier[:, 0])
-    gradients += [x.new_empty(x.shape) for x in parameters]
+    gradients = [empty_gradient(x) for x in (*features, *parameters)]
     return [x for x, want in zip(gradients, wanted, strict=True) if want]
 
 
@@ -82,7 +83,7 @@ def call(
     parameters = (*weights, scale, shift, classifier, classifier_bias)
     save = library.needs_gradient(features, parameters)
     args = (features, weights, scale, shift, classifier, classifier_bias)
-    run = forward_op if torch.compiler.is_compiling() else _autograd
+    run = forward_op if is_recorded() else _autograd
     return Results(*run(*args, batch_statistics, eps, save, engine))
 
 
@@ -134,6 +135,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        library.check_not_batched(OP, [grad_output])
         count = 2 * ctx.levels + 4
         if grad_output is None:
             return (None,) * (count + 2)
@@ -154,8 +156,8 @@ class _Function(torch.autograd.Function):
             wanted,
             engine,
         )
-        gradients = library.once(OP, gradients, (*tensors, grad_output))
-        return (None, None, *library.place_gradients(gradients, wanted))
+        placed = library.place_gradients(gradients, wanted)
+        return (None, None, *library.forbid_double_backward(OP, placed, (*tensors, grad_output)))
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _Function.apply

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xattn_kernels.ops import library
 from xattn_kernels.ops.features import group_by_output, new_output, new_state
+from xattn_kernels.ops.tracing import is_recorded
 
 OP = "softmax_cross_attention"
 
@@ -48,8 +49,8 @@ def call(
 ) -> Result:
     """Run the operator, recorded for a backward pass if one may come."""
     args = (query, key, value, edges, heads, scale, engine)
-    # Outside of a compiler the dispatcher would do no more than call the same function.
-    result: Result = forward_op(*args) if torch.compiler.is_compiling() else _autograd(*args)
+    # Where nothing is recorded the dispatcher would do no more than call the same function.
+    result: Result = forward_op(*args) if is_recorded() else _autograd(*args)
     return result
 
 
@@ -87,6 +88,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        library.check_not_batched(OP, grads)
         edges, heads, scale, engine = ctx.options
         queries, keys = ctx.queries, ctx.keys
         outputs = len(grads) // 2
@@ -108,8 +110,8 @@ class _Function(torch.autograd.Function):
             wanted,
             engine,
         )
-        gradients = library.once(OP, gradients, (*slots, *grads))
-        return (None, None, None, *library.place_gradients(gradients, wanted))
+        placed = library.place_gradients(gradients, wanted)
+        return (None, None, None, *library.forbid_double_backward(OP, placed, (*slots, *grads)))
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _Function.apply

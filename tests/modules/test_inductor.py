@@ -1,0 +1,91 @@
+"""torch.compile with inductor at several sizes, each in a process of its own.
+
+Inductor keeps what it compiled for the next run in its own folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import copy, sys
+import torch
+from tests.modules.subjects import draw, error, make
+
+name, mode, dynamic = sys.argv[1:]
+module, maps = make(name)
+module.train(mode == "train")
+peer = copy.deepcopy(module)
+compiled = torch.compile(module, dynamic={"auto": None, "dynamic": True}[dynamic])
+for factor in (1, 2, 3) if mode != "train" else (1, 2):
+    x = draw(maps, factor=factor)
+    with {"train": torch.enable_grad, "eval": torch.no_grad, "inference": torch.inference_mode}[mode]():
+        found, expected = compiled(*x), peer(*x)
+    assert error(found, expected) <= 2e-5, (factor, error(found, expected))
+    if mode == "train":
+        for one, outputs in ((module, found), (peer, expected)):
+            one.zero_grad()
+            sum(y.square().mean() for y in outputs).backward()
+        pairs = zip(module.parameters(), peer.parameters(), strict=True)
+        found, expected = zip(*((p.grad, q.grad) for p, q in pairs if q.grad is not None))
+        largest = max(g.abs().max() for g in expected)
+        worst = max((a - b).abs().max() for a, b in zip(found, expected)) / largest
+        assert worst <= 2e-4, (factor, worst)
+    assert error(list(module.buffers()), list(peer.buffers())) <= 2e-4
+from torch._dynamo.utils import counters
+compilations = counters["stats"]["unique_graphs"]
+assert compilations <= 3, f"{compilations} graphs for three sizes"
+print("equal")
+"""
+
+CELLS = [
+    ("cross-task", "eval", "auto"),
+    ("cross-task", "inference", "dynamic"),
+    ("head", "eval", "auto"),
+    ("attention", "train", "auto"),
+    ("block", "eval", "auto"),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "mode", "dynamic"), CELLS)
+def test_equal_to_eager(name: str, mode: str, dynamic: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name, mode, dynamic],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.timeout(600)
+def test_the_network() -> None:
+    """Compiles as a whole, window attention included."""
+    program = """
+import torch
+from tests.modules.subjects import draw, error, make
+
+module, maps = make("network")
+x = draw(maps)
+with torch.no_grad():
+    found = torch.compile(module, fullgraph=True)(*x)
+    assert error(found, module(*x)) <= 2e-5
+print("equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr[-3000:]
