@@ -17,7 +17,7 @@ import torch
 from demo_inputs import SEED, TASKS, Pyramid
 from torch import Tensor, nn
 
-from xattn_kernels import cost, modules
+from xattn_kernels import cost, freeze_, modules
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing import op_by_op
 from xattn_kernels.testing.measure import peak_memory, resident_bytes
@@ -71,7 +71,7 @@ class OpByOp(Sequential):
 
 
 class Fused(Sequential):
-    """The same with this library's modules, which take the other's parameters as they are."""
+    """The same with this library's modules, frozen, in the same state."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__(
@@ -84,7 +84,7 @@ class Fused(Sequential):
             state = theirs.state_dict()
             head = [name for name in state if name.startswith("last_layer.")]
             ours.load_state_dict({name: x for name, x in state.items() if name not in head})
-        self.eval()
+        freeze_(self.eval())
 
 
 class NaiveAllPairs(nn.Module):

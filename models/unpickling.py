@@ -113,7 +113,9 @@ def _stand_ins() -> Iterator[None]:
         try:
             yield
         finally:
+            after = torch.serialization.get_safe_globals()  # more, if torch imported more of itself
             torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals([x for x in after if x not in _STAND_INS])
             torch.serialization.add_safe_globals(before)
 
 

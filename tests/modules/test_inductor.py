@@ -26,7 +26,8 @@ peer = copy.deepcopy(module)
 compiled = torch.compile(module, dynamic={"auto": None, "dynamic": True}[dynamic])
 for factor in (1, 2, 3) if mode != "train" else (1, 2):
     x = draw(maps, factor=factor)
-    with {"train": torch.enable_grad, "eval": torch.no_grad, "inference": torch.inference_mode}[mode]():
+    contexts = {"train": torch.enable_grad, "eval": torch.no_grad}
+    with contexts.get(mode, torch.inference_mode)():
         found, expected = compiled(*x), peer(*x)
     assert error(found, expected) <= 2e-5, (factor, error(found, expected))
     if mode == "train":
@@ -34,11 +35,15 @@ for factor in (1, 2, 3) if mode != "train" else (1, 2):
             one.zero_grad()
             sum(y.square().mean() for y in outputs).backward()
         pairs = zip(module.parameters(), peer.parameters(), strict=True)
-        found, expected = zip(*((p.grad, q.grad) for p, q in pairs if q.grad is not None))
+        found, expected = zip(
+            *((p.grad, q.grad) for p, q in pairs if q.grad is not None), strict=True
+        )
         largest = max(g.abs().max() for g in expected)
-        worst = max((a - b).abs().max() for a, b in zip(found, expected)) / largest
+        worst = max((a - b).abs().max() for a, b in zip(found, expected, strict=True))
+        worst /= largest
         assert worst <= 2e-4, (factor, worst)
-    assert error(list(module.buffers()), list(peer.buffers())) <= 2e-4
+    statistics = zip(module.buffers(), peer.buffers(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in statistics)
 from torch._dynamo.utils import counters
 compilations = counters["stats"]["unique_graphs"]
 assert compilations <= 3, f"{compilations} graphs for three sizes"

@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -362,3 +363,9 @@ def test_meta_device(name: str) -> None:
     with pytest.raises(ValueError, match=r"got .* on meta, expected .*FakeTensorMode") as caught:
         module.to("meta")(*(x.to("meta") for x in draw(maps)))
     assert len(str(caught.value)) < 2000
+
+
+def test_the_page_lists_every_way() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "what_works.md").read_text()
+    rows = page.partition("| --- | --- |\n")[2].partition("\n\n")[0].splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == list(WAYS)

@@ -49,7 +49,7 @@ class CrossAttention(ProjectionSet):
         heads: heads of kind "softmax"; divides C.
         recompute: whether training with kind "linear" computes the projections again in the
             backward pass, by `xattn_kernels.cross_attention_block_training`, rather than keep
-            three maps of the size of its features: less memory, and with kernels for it less time.
+            ten maps of the size of its features: less memory, and with kernels for it less time.
             "auto": where there are kernels for it.
 
     Raises:

@@ -134,6 +134,8 @@ def check_not_batched(name: str, gradients: Sequence[Tensor | None]) -> None:
     Raises:
         NotImplementedError: in ``is_grads_batched=True`` and under `torch.func.vmap`.
     """
+    if torch.compiler.is_compiling():
+        return
     batched = torch._C._functorch.is_legacy_batchedtensor
     if torch._C._are_functorch_transforms_active() or any(
         x is not None and batched(x) for x in gradients

@@ -43,7 +43,8 @@ def core(name: str) -> Callable[..., Any]:
 OPERATORS = [
     *("linear_cross_attention", "linear_cross_attention_backward"),
     *("softmax_cross_attention", "softmax_cross_attention_backward"),
-    *("pack_block_weights", "cross_attention_block"),
+    *("pack_block_weights", "fold_block_weights"),
+    *("cross_attention_block", "cross_attention_block_out"),
     *("pyramid_projection", "pyramid_projection_backward"),
 ]
 
@@ -51,7 +52,7 @@ OPERATORS = [
 def arguments_of(name: str, layout: str) -> tuple[Any, ...]:
     if not name.startswith("pyramid"):
         arguments = (*sample_inputs(name, layout, False)[:-1], "cuda")
-        if name == "cross_attention_block":  # what is packed differs by engine
+        if name.startswith("cross_attention_block"):  # what is packed differs by engine
             weights = torch.randn(6, 5, 8, 8), torch.randn(6, 5, 8)
             packed = OPS.pack_block_weights(*weights, torch.float32, "cuda")
             arguments = (arguments[0], packed, *arguments[2:])
