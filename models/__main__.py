@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xattn_kernels import freeze_
 from xattn_kernels.registry import ENGINES, list_backends
 
 from .configs import CONFIGS
@@ -182,6 +183,7 @@ def _predict(options: argparse.Namespace) -> int:
         compile=options.compile,
         max_pixels=options.max_pixels,
     )
+    freeze_(predictor.model)  # nobody else has it
     _make_folder(options.out)
     title = ", random weights: this is no prediction" if options.random_weights else ""
     failed = 0
