@@ -2,7 +2,7 @@
 
 from xattn_kernels._version import __version__
 
-from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoints import LoadReport, load_checkpoint, read_checkpoint, save_checkpoint
 from .configs import CONFIGS, Config, config
 from .predict import Predictor
 from .sca_mtl import SCAMTL, sca_mtl
@@ -11,6 +11,7 @@ __all__ = [
     "CONFIGS",
     "SCAMTL",
     "Config",
+    "LoadReport",
     "Predictor",
     "__version__",
     "config",

@@ -273,8 +273,8 @@ def _check_image(image: Tensor, parameter: Tensor) -> None:
         raise TypeError(f"image: got {image.dtype}, expected {parameter.dtype}, as the parameters")
     if image.is_meta:
         raise ValueError(
-            f"image: got shape {tuple(image.shape)} on meta, expected a tensor with data; for shapes "
-            "alone, call the model under torch._subclasses.FakeTensorMode"
+            f"image: got shape {tuple(image.shape)} on meta, expected a tensor with data; for "
+            "shapes alone, call the model under torch._subclasses.FakeTensorMode"
         )
     if image.device != parameter.device:
         raise ValueError(
