@@ -53,7 +53,7 @@ def test_cam(monkeypatch: pytest.MonkeyPatch) -> None:
     result = cam.run(SMOKE, quiet)
     complete(result, without=(cam.COMPILED, cam.VS_COMPILED))
     assert "Without compiled: no compiler today." in result.notes
-    assert len(result.bars) == 5
+    assert len(result.bars) == 6
 
 
 def test_cam_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
