@@ -107,6 +107,7 @@ class Block {
 
  private:
   static XATTN_DEVICE int least(int a, int b) { return a < b ? a : b; }
+  static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
   template <class T>
   static XATTN_DEVICE T* shared(int offset) {
     return reinterpret_cast<T*>(shared_memory() + offset);
@@ -153,7 +154,7 @@ class Block {
   XATTN_DEVICE void load(int number) const {
     if (token(number) < end_) {
       load_tile(key_, key_access_, {batch_, key_begin(), token(number), key_count(), tokens(number)}, keys(number),
-                padded_width(key_count()), geometry_.tokens);
+                padded(key_count()), geometry_.tokens);
       if (keys_)
         load_tile(value_, value_access_,
                   {batch_, 0, token(number), static_cast<int>(problem_.value_channels), tokens(number)}, values(number),
@@ -169,7 +170,7 @@ class Block {
     const float* s = problem_.s + (number * problem_.value_channels + value_row_) * channels + key_row_;
     E* to = shared<E>(0);
     const int stride = state_stride();
-    for_rows(padded_width(rows), padded_width(columns), [&](int row, int column) {
+    for_rows(padded(rows), padded(columns), [&](int row, int column) {
       to[row * stride + column] = from_float<E>(row < rows && column < columns ? s[row * channels + column] : 0.0f);
     });
     float* z = shared<float>(geometry_.z);
@@ -180,14 +181,14 @@ class Block {
   XATTN_DEVICE void map_keys(int number) const {
     const FeatureMap name = problem_.feature_map;
     const int channels = key_count();
-    map_tile(keys(number), padded_width(channels), geometry_.tokens,
+    map_tile(keys(number), padded(channels), geometry_.tokens,
              [=](float x, int channel, int) { return channel < channels ? feature_map<P::kExact>(name, x) : 0.0f; });
   }
 
   XATTN_DEVICE void value_gradients(int number) const {
     const Tile<E> to = value_outputs(is_token_minor(value_result()));
     multiply_tiles<P, 3, 2>(
-        {shared<E>(0), state_stride(), true}, keys(number).over_channels(), padded_width(value_rows_), geometry_.tokens,
+        {shared<E>(0), state_stride(), true}, keys(number).over_channels(), padded(value_rows_), geometry_.tokens,
         geometry_.channels, [&](int row, int column, Accumulator<3, 2>& sum, int rows, int columns) {
           sum.for_pairs(rows, columns,
                         [&](int r, int c, float x, float y) { put_pair(to, row + r, column + c, x, y); });
@@ -199,8 +200,8 @@ class Block {
     const int shift = key_row_ - key_begin();
     const float* z = shared<float>(geometry_.z);
     const FeatureMap name = problem_.feature_map;
-    multiply_tiles<P, 3, 2>({shared<E>(0), state_stride(), false}, values(number).over_channels(),
-                            padded_width(key_rows_), geometry_.tokens, geometry_.values,
+    multiply_tiles<P, 3, 2>({shared<E>(0), state_stride(), false}, values(number).over_channels(), padded(key_rows_),
+                            geometry_.tokens, geometry_.values,
                             [&](int row, int column, Accumulator<3, 2>& sum, int rows, int columns) {
                               sum.for_pairs(rows, columns, [&](int r, int c, float x, float y) {
                                 const int i = row + r, n = column + c;
@@ -264,8 +265,7 @@ Geometry choose_geometry(int64_t channels, int64_t value_channels, int shared_by
   Geometry last{};
   for (const int limit : {shared_bytes / 2 - 1024, shared_bytes}) {
     for (const Choice& choice : kChoices) {
-      last =
-          geometry<P>(padded_width(channels), padded_width(value_channels), choice.rows, choice.tokens, choice.stages);
+      last = geometry<P>(padded(channels), padded(value_channels), choice.rows, choice.tokens, choice.stages);
       if (last.shared <= limit) return last;
     }
   }

@@ -279,9 +279,13 @@ void linear_forward(const LinearProblem& problem, const Call& call) {
   const DeviceGuard guard(call.device);
   Scratch scratch;
   TableBuilder table;
-  std::vector<std::vector<int64_t>> outputs(static_cast<size_t>(problem.queries.size));
-  for (int64_t output = 0; output < problem.outputs.size; ++output)
+  std::vector<std::vector<int64_t>> sources, outputs(static_cast<size_t>(problem.queries.size));
+  for (int64_t output = 0; output < problem.outputs.size; ++output) {
     outputs[static_cast<size_t>(problem.edges.query_of(output))].push_back(output);
+    sources.emplace_back();
+    for (int64_t e = problem.edges.output_begin[output]; e < problem.edges.output_begin[output + 1]; ++e)
+      sources.back().push_back(problem.edges.all[e].source);
+  }
   size_t most = 0;
   int64_t longest = 0, longest_source = 0;
   for (int64_t slot = 0; slot < problem.queries.size; ++slot) {
@@ -307,7 +311,7 @@ void linear_forward(const LinearProblem& problem, const Call& call) {
                             0};
   const Chunks chunks = make_chunks(tokens, problem.batch, problem.value_channels, problem.channels,
                                     linear_chunk(problem, problem.keys.size, longest_source), table, scratch);
-  const int lists = table.add_lists(sources_of(problem.edges, problem.outputs.size));
+  const int lists = table.add_lists(sources);
   table.reserve(scratch);
   scratch.allocate(call);
   const Table device_table = table.finish(scratch, call.stream);

@@ -82,6 +82,7 @@ class Block {
  private:
   static XATTN_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static XATTN_DEVICE int within(int64_t left, int most) { return static_cast<int>(min(left, most)); }
+  static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
 
   XATTN_DEVICE E* stage(int number) const { return reinterpret_cast<E*>(shared_memory() + number % 2 * Plan::kStage); }
   XATTN_DEVICE Tile<E> keys(int number) const {
@@ -108,10 +109,10 @@ class Block {
                         n < tokens ? 4 : 0);
         }
       }
-      load_tile(key_, key_access_, {batch_, column_, token, columns_, tokens}, keys(number), padded_width(columns_),
+      load_tile(key_, key_access_, {batch_, column_, token, columns_, tokens}, keys(number), padded(columns_),
                 Plan::kTokens);
       const int rows = within(problem_.value_channels - row_, Plan::kRows);
-      load_tile(value_, value_access_, {batch_, row_, token, rows, tokens}, values(number), padded_width(rows_),
+      load_tile(value_, value_access_, {batch_, row_, token, rows, tokens}, values(number), padded(rows_),
                 Plan::kTokens);
     }
     commit_copies();
@@ -131,7 +132,7 @@ class Block {
   XATTN_DEVICE void prepare(int number) const {
     const FeatureMap name = problem_.feature_map;
     const float* w = problem_.weights != nullptr ? weights(number) : nullptr;
-    map_tile(keys(number), padded_width(columns_), Plan::kTokens, [=](float x, int, int n) {
+    map_tile(keys(number), padded(columns_), Plan::kTokens, [=](float x, int, int n) {
       const float y = feature_map<P::kExact>(name, x);
       return w != nullptr ? y * w[n] : y;
     });
@@ -205,8 +206,8 @@ class Block {
         prepare(number);
         sync_threads();
         multiply_add<P>(sum_, values(number).over_tokens(), row_of_warp(), keys(number).over_tokens(), column_of_warp(),
-                        token_of_warp(), token_of_warp() + Plan::kTokensOfWarp, padded_width(rows_) - row_of_warp(),
-                        padded_width(columns_) - column_of_warp());
+                        token_of_warp(), token_of_warp() + Plan::kTokensOfWarp, padded(rows_) - row_of_warp(),
+                        padded(columns_) - column_of_warp());
       }
       sync_threads();
     }

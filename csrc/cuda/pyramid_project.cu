@@ -53,7 +53,7 @@ class Block {
       wait_copies<0>();
       sync_threads();
       load(number + 1);
-      multiply(number, padded_width(within(channels_ - static_cast<int64_t>(number) * kDepth, kDepth)));
+      multiply(number, padded(within(channels_ - static_cast<int64_t>(number) * kDepth, kDepth)));
     }
     sync_threads();
     store();
@@ -65,6 +65,7 @@ class Block {
     return args_.table[args_.numbers + level * kLevelNumbers + which];
   }
   static XATTN_DEVICE int within(int64_t left, int most) { return static_cast<int>(left < most ? left : most); }
+  static XATTN_DEVICE int padded(int width) { return (width + 15) / 16 * 16; }
   static XATTN_DEVICE int pixel_of_warp() { return warp() % 2 * 32; }
   static XATTN_DEVICE int hidden_of_warp() { return warp() / 2 * 64; }
 
@@ -78,13 +79,13 @@ class Block {
     const int64_t channel = static_cast<int64_t>(number) * kDepth;
     if (channel < channels_) {
       const int depth = within(channels_ - channel, kDepth);
-      load_tile(x_, x_access_, {batch_, channel, pixel_, depth, pixels_}, features(number), padded_width(depth),
-                padded_width(pixels_));
+      load_tile(x_, x_access_, {batch_, channel, pixel_, depth, pixels_}, features(number), padded(depth),
+                padded(pixels_));
       constexpr int kPer = 16 / static_cast<int>(sizeof(E));
       const int64_t row_step = (channels_ + 15) / 16 * 16;
       const E* from = weight_ + hidden_ * row_step + channel;
       E* to = weights(number);
-      for_rows(columns_, padded_width(depth) / kPer, [&](int row, int i) {
+      for_rows(columns_, padded(depth) / kPer, [&](int row, int i) {
         copy_async(to + row * row_stride<P>(kDepth) + i * kPer, from + row * row_step + i * kPer);
       });
     }
@@ -97,7 +98,7 @@ class Block {
     const Operand<E> w{weights(number), row_stride<P>(kDepth), true};
     if (pixels_ < kPixels || columns_ < kHidden)
       multiply_add<P>(sum_, x.over_channels(), pixel_of_warp(), w, hidden_of_warp(), 0, depth,
-                      padded_width(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
+                      padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp());
     else if (x.token_minor)
       multiply_add<P>(sum_, {x.data, x.stride, false}, pixel_of_warp(), w, hidden_of_warp(), 0, depth);
     else
@@ -119,7 +120,7 @@ class Block {
         }
       }
     }
-    sum_.for_pairs(padded_width(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp(),
+    sum_.for_pairs(padded(pixels_) - pixel_of_warp(), columns_ - hidden_of_warp(),
                    [&](int pixel, int hidden, float x, float y) {
                      store_pair(rows + (pixel_of_warp() + pixel) * kStride + hidden_of_warp() + hidden, x, y);
                    });

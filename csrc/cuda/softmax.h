@@ -14,6 +14,7 @@ namespace xattn::cuda {
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
+XATTN_BOTH constexpr int padded_width(int64_t width) { return static_cast<int>((width + 15) / 16 * 16); }
 XATTN_BOTH constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 // x / y, with what 1 / y is known to be, and rounded as a division is.
@@ -34,22 +35,6 @@ inline uint32_t works(const char* name, std::initializer_list<int64_t> sizes) {
     product *= size;
   }
   return static_cast<uint32_t>(product);
-}
-
-// The first of geometry(channels, columns, chunk, stages) that fits this device: all channels at once if they do, in
-// two stages if these do. With kWhole nothing but all channels at once is possible.
-template <bool kWhole, class Geometry>
-Geometry choose_geometry(Geometry (*geometry)(int, int, int, int), int channels, int columns) {
-  const int shared_bytes = limits().shared_bytes;
-  Geometry last{};
-  for (const int chunk : {channels, 96, 64, 32}) {
-    if (chunk > channels || (kWhole && chunk != channels)) continue;
-    for (const int stages : {2, 1}) {
-      last = geometry(channels, columns, chunk, stages);
-      if (last.shared <= shared_bytes) return last;
-    }
-  }
-  return last;
 }
 
 // How tensors lie in memory, if all lie alike. Kernels of exact widths ask for that.

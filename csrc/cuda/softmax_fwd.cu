@@ -378,6 +378,20 @@ Geometry geometry(int channels, int values, int chunk, int stages) {
   return g;
 }
 
+// All channels at once if they fit, in two stages if these do.
+template <class Plan>
+Geometry choose_geometry(int channels, int values, int shared_bytes) {
+  Geometry last{};
+  for (const int chunk : {channels, 96, 64, 32}) {
+    if (chunk > channels || (Plan::kWhole && chunk != channels)) continue;
+    for (const int stages : {2, 1}) {
+      last = geometry<Plan>(channels, values, chunk, stages);
+      if (last.shared <= shared_bytes) return last;
+    }
+  }
+  return last;
+}
+
 template <class Plan>
 void start(Arguments args, int64_t outputs, int64_t longest, Stream stream) {
   const int channels = padded_width(args.channels), values = padded_width(args.value_channels);
@@ -385,7 +399,7 @@ void start(Arguments args, int64_t outputs, int64_t longest, Stream stream) {
   args.steps = static_cast<uint32_t>((longest + Plan::kTokens - 1) / Plan::kTokens);
   args.works = works("softmax_forward", {outputs, args.batch, args.heads, args.groups, args.steps});
   args.geometry =
-      choose_geometry<Plan::kWhole>(geometry<Plan>, channels, padded_width((values + args.groups - 1) / args.groups));
+      choose_geometry<Plan>(channels, padded_width((values + args.groups - 1) / args.groups), limits().shared_bytes);
   launch(forward_kernel<Plan>, "softmax_forward", args.works, Plan::kThreads, static_cast<size_t>(args.geometry.shared),
          stream, args);
 }
@@ -424,10 +438,14 @@ void softmax_forward(const SoftmaxProblem& problem, const Call& call) {
   Scratch scratch;
   TableBuilder table;
   std::vector<View> queries;
+  std::vector<std::vector<int64_t>> sources;
   int64_t longest = 0;
   for (int64_t output = 0; output < problem.outputs.size; ++output) {
     queries.push_back(problem.queries[problem.edges.query_of(output)]);
     longest = std::max(longest, problem.outputs[output].tokens);
+    sources.emplace_back();
+    for (int64_t e = problem.edges.output_begin[output]; e < problem.edges.output_begin[output + 1]; ++e)
+      sources.back().push_back(problem.edges.all[e].source);
   }
   Arguments args{};
   args.dtype = problem.dtype;
@@ -438,7 +456,7 @@ void softmax_forward(const SoftmaxProblem& problem, const Call& call) {
   args.keys = table.add(problem.keys);
   args.values = table.add(problem.values);
   args.outputs = table.add(problem.outputs);
-  args.sources = table.add_lists(sources_of(problem.edges, problem.outputs.size));
+  args.sources = table.add_lists(sources);
   std::vector<int64_t> lse;
   for (int64_t output = 0; output < problem.outputs.size; ++output)
     lse.push_back(reinterpret_cast<int64_t>(problem.lse[output]));

@@ -391,6 +391,20 @@ GradientGeometry geometry(int width, int columns, int chunk, int stages) {
   return g;
 }
 
+// All channels at once if they fit, in two stages if these do.
+template <class Plan>
+GradientGeometry choose_geometry(int width, int columns, int shared_bytes) {
+  GradientGeometry last{};
+  for (const int chunk : {width, 96, 64, 32}) {
+    if (chunk > width || (Plan::kWhole && chunk != width)) continue;
+    for (const int stages : {2, 1}) {
+      last = geometry<Plan>(width, columns, chunk, stages);
+      if (last.shared <= shared_bytes) return last;
+    }
+  }
+  return last;
+}
+
 template <class Plan>
 void start(GradientArguments args, const char* name, int64_t slots, int64_t longest, Stream stream) {
   const int width = Plan::kWhole ? Plan::kChannels : padded_width(std::max(args.channels[0], args.channels[1]));
@@ -399,7 +413,7 @@ void start(GradientArguments args, const char* name, int64_t slots, int64_t long
   args.steps = static_cast<uint32_t>((longest + Plan::kTokens - 1) / Plan::kTokens);
   args.works = works(name, {slots, args.batch, args.heads, args.groups, args.steps});
   args.geometry =
-      choose_geometry<Plan::kWhole>(geometry<Plan>, width, padded_width((columns + args.groups - 1) / args.groups));
+      choose_geometry<Plan>(width, padded_width((columns + args.groups - 1) / args.groups), limits().shared_bytes);
   launch(gradient_kernel<Plan>, name, args.works, Plan::kThreads, static_cast<size_t>(args.geometry.shared), stream,
          args);
 }

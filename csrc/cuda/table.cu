@@ -70,12 +70,4 @@ Table TableBuilder::finish(const Scratch& scratch, Stream stream) const {
   return table;
 }
 
-std::vector<std::vector<int64_t>> sources_of(const EdgeList& edges, int64_t outputs) {
-  std::vector<std::vector<int64_t>> sources(static_cast<size_t>(outputs));
-  for (int64_t output = 0; output < outputs; ++output)
-    for (int64_t e = edges.output_begin[output]; e < edges.output_begin[output + 1]; ++e)
-      sources[static_cast<size_t>(output)].push_back(edges.all[e].source);
-  return sources;
-}
-
 }  // namespace xattn::cuda

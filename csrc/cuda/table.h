@@ -73,7 +73,4 @@ class TableBuilder {
   int64_t offset_ = 0;
 };
 
-// The sources of every output.
-std::vector<std::vector<int64_t>> sources_of(const EdgeList& edges, int64_t outputs);
-
 }  // namespace xattn::cuda

@@ -33,12 +33,6 @@ XATTN_DEVICE float rounded(float x) {
     return to_float(from_float<typename P::Element>(x));
 }
 
-// A width in whole tiles of 16.
-template <class Integer>
-XATTN_BOTH constexpr int padded_width(Integer width) {
-  return static_cast<int>((width + 15) / 16 * 16);
-}
-
 // Elements of rows in shared memory that are `minor` elements long; of a tile whichever way it lies.
 // `channels` and `tokens` are multiples of 16.
 template <class P>
