@@ -123,8 +123,9 @@ void run_pyramid_backward(int dtype, int64_t batch, int64_t hidden, int64_t outp
                        threads);
 }
 
-// center, first, first_bias, second, affine, state_s, state_z, coefficients; 0 for what a pass does not take.
-using Operands = std::array<int64_t, 8>;
+// center, first, first_affine, second, affine, state_s, state_z, coefficients, precise; 0 for what a pass does not
+// take.
+using Operands = std::array<int64_t, 9>;
 // mean, deviations, state_s, state_z, sums, second, first, bias.
 using Results = std::array<int64_t, 8>;
 
@@ -136,7 +137,7 @@ void run_training(int dtype, int64_t batch, int64_t channels, double eps, const 
   py::gil_scoped_release release;
   (kernels().*kKernel)({Dtype(dtype), batch, channels, eps, span(features), pointer(x[0]), pairs.groups(),
                         pointer(x[1]), pointer(x[2]), pointer(x[3]), pointer(x[4]), outputs.groups(), pointer(x[5]),
-                        pointer(x[6]), span(maps), pointer(x[7]), span(grad_features)},
+                        pointer(x[6]), span(maps), pointer(x[7]), pointer(x[8]), span(grad_features)},
                        {pointer(y[0]), pointer(y[1]), pointer(y[2]), pointer(y[3]), pointer(y[4]), pointer(y[5]),
                         pointer(y[6]), pointer(y[7])},
                        threads);
@@ -177,6 +178,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("pyramid_sums", &run_pyramid_backward<&Kernels::pyramid_sums>);
   module.def("pyramid_backward", &run_pyramid_backward<&Kernels::pyramid_backward>);
   module.def("training_moments", &run_training<&Kernels::training_moments>);
+  module.def("training_first_moments", &run_training<&Kernels::training_first_moments>);
   module.def("training_hidden_moments", &run_training<&Kernels::training_hidden_moments>);
   module.def("training_states", &run_training<&Kernels::training_states>);
   module.def("training_attend", &run_training<&Kernels::training_attend>);

@@ -132,8 +132,8 @@ struct Groups {
 
 // One pass of the cross-attention block in training over pairs of a slot and a set of weights; the passes
 // and their equations are those of xattn_kernels/ops/cross_attention_block_training/reference.py, which
-// also has the shapes. Features, maps and gradients of features have any strides, everything else is contiguous;
-// gradients of features are in the compute type as well. What a pass does not take is null.
+// also has the shapes and dtypes. Features, maps and gradients of features have any strides, everything else is
+// contiguous; gradients of features are in the compute type as well. What a pass does not take is null.
 struct TrainingProblem {
   Dtype dtype;
   int64_t batch, channels;
@@ -141,11 +141,12 @@ struct TrainingProblem {
   Span<const View> features;
   const void* center;
   Groups pairs;  // by slot
-  const void *first, *first_bias, *second, *affine;
+  const void *first, *first_affine, *second, *affine;
   Groups outputs;                 // by pair; empty on the side of sources
   const void *state_s, *state_z;  // of outputs; or their gradients, of pairs
   Span<const View> maps;          // outputs, or their gradients
   const void* coefficients;
+  const void* precise;             // of pairs, bool
   Span<const View> grad_features;  // data null: not wanted
 };
 

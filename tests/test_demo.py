@@ -223,6 +223,16 @@ def test_fused_is_checked_before_it_is_timed(
     assert run.points == []
 
 
+def test_a_smooth_picture_is_accepted() -> None:
+    """Rounding errors of the fuse block's convolutions do not average out over its pixels."""
+    sums = np.linspace(0, 255, 120)[:, None] + np.linspace(0, 255, 160)
+    ramp = Image.fromarray((sums / 2).astype(np.uint8)).convert("RGB")
+    given = demo_inputs.FeatureExtractor()(demo_inputs.fit(ramp, (288, 384)))
+    widths = [size.width for size in demo_ways.sizes_of(given)]
+    errors = demo_measure._verify(demo_ways.OpByOp(widths), demo_ways.Fused(widths), given)
+    assert max(errors.values()) < 1e-5
+
+
 def test_picture_tells_measured_from_modelled(tmp_path: Path) -> None:
     points = [
         {"way": way, "size": size, "scales": (0, 3), "seconds": 1.0, "peak_bytes": 1, "measured": m}

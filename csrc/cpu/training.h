@@ -8,6 +8,9 @@
 // Matrix layouts: channels are rows and tokens lie along the vectors, in panels, which makes the output of
 // a product an operand of the next. A product that sums over tokens broadcasts such a matrix and takes its
 // other factor with tokens as rows.
+//
+// Layers are computed as they are without kernels, a product and then a scale and a shift: their statistics
+// are those of the very same products, and what their gradients must sum to zero over all tokens does.
 #pragma once
 
 #include "math.h"
@@ -121,18 +124,22 @@ class Training {
  protected:
   // Matrices of one tile; a pass touches those that it needs.
   struct Tile {
-    Matrix x, hidden, normalised, activated, slope, value, gradient, through, total, grad_x;
+    Matrix x, hidden, second, activated, slope, value, gradient, through, total, grad_x;
     Matrix x_rows, map_rows, rows;  // tokens as rows
     Real *weight, *share;           // of tokens, or of channels
+    Real* product;                  // C x C
+    double *left, *right;           // a matrix of panels and one of rows, element by element
     Tile(Arena& arena, int64_t tokens, int64_t channels) {
-      Matrix* const panels[] = {&x,     &hidden,   &normalised, &activated, &slope,
-                                &value, &gradient, &through,    &total,     &grad_x};
+      Matrix* const panels[] = {&x, &hidden, &second, &activated, &slope, &value, &gradient, &through, &total, &grad_x};
       Matrix* const plain[] = {&x_rows, &map_rows, &rows};
       for (Matrix* matrix : panels) *matrix = panelled<Op>(arena.take<Real>(tokens * channels), channels);
       for (Matrix* matrix : plain)
         *matrix = row_major<Op>(arena.take<Real>(tokens * row_length<Op>(channels)), channels);
       weight = arena.take<Real>(max64(tokens, channels));
       share = arena.take<Real>(max64(tokens, channels));
+      product = arena.take<Real>(channels * row_length<Op>(channels));
+      left = arena.take<double>(tokens * channels);
+      right = arena.take<double>(tokens * row_length<Op>(channels));
     }
   };
 
@@ -154,7 +161,8 @@ class Training {
     return round_up(max64(max64(1024, 16 * p.channels), ceil_div(tokens, kTrainingPieces)), kPanel<Op>);
   }
 
-  Partials<Real> pair_partials(int64_t size) const {
+  template <class T>
+  Partials<T> pair_partials(int64_t size) const {
     return {pieces_, p_.batch, p_.pairs.size(), size, [&](int64_t pair) { return p_.pairs.group[pair]; }};
   }
 
@@ -214,23 +222,51 @@ class Training {
     load_tokens<Op>(p_.dtype, view, b, n, count, 0, channels_, rows);
     transpose_to_panels<Op>(constant(rows), channels_, count, to);
   }
-  // x' as panels and, where asked, as rows.
-  void load_centred(const Piece& piece, int64_t n, int64_t count, bool rows, const Tile& t) const {
+  // x' as panels.
+  void load_centred(const Piece& piece, int64_t n, int64_t count, const Tile& t) const {
     load_panels(p_.features[piece.slot], piece.row, n, count, t.x, t.x_rows);
+    centre(vector(p_.center, piece.slot), count, t);
+  }
+  // x' as rows as well and, where asked, these in double, in which the difference is exact.
+  void load_centred_rows(const Piece& piece, int64_t n, int64_t count, bool in_double, const Tile& t) const {
     const Real* center = vector(p_.center, piece.slot);
+    load_panels(p_.features[piece.slot], piece.row, n, count, t.x, t.x_rows);
+    if (in_double) rows_in_double(center, count, t);
+    centre(center, count, t);
+    transpose_to_rows<Op>(constant(t.x), channels_, count, t.x_rows);
+  }
+  void centre(const Real* center, int64_t count, const Tile& t) const {
     for (int64_t c = 0; c < channels_; ++c) {
       const Vec<Real> middle = splat(center[c]);
       for_row(t.x, c, count, [&](int64_t i, int64_t) { store(t.x.data + i, load(t.x.data + i) - middle); });
     }
-    if (rows) transpose_to_rows<Op>(constant(t.x), channels_, count, t.x_rows);
+  }
+  // From features as panels to their distances from the center as rows, in t.right.
+  void rows_in_double(const Real* center, int64_t count, const Tile& t) const {
+    transpose_to_rows<Op>(constant(t.x), channels_, count, t.x_rows);
+    for (int64_t n = 0; n < count; ++n) {
+      const Real* from = t.x_rows.data + n * row_;
+      double* to = t.right + n * row_;
+      for (int64_t c = 0; c < channels_; ++c) to[c] = static_cast<double>(from[c]) - static_cast<double>(center[c]);
+      for (int64_t c = channels_; c < row_; ++c) to[c] = 0;
+    }
   }
 
-  // to = act(weight from + bias), the weight being transposed: a row for each of its columns.
-  void project(Constant weight, const Real* bias, bool relu, Matrix from, int64_t count, Matrix to) const {
+  // to = weight from + bias, the weight being transposed: a row for each of its columns.
+  void project(Constant weight, const Real* bias, Matrix from, int64_t count, Matrix to) const {
     Product<Op> product{channels_, count, channels_, weight, constant(from)};
     product.row_bias = bias;
-    product.activation = relu ? Activation::kRelu : Activation::kNone;
     multiply<Op, Output::kUnits>(product, to);
+  }
+  // to = relu(scale weight x' + shift) for first layer number `layer`.
+  void project_first(Constant weight, int64_t layer, int64_t count, const Tile& t, Matrix to) const {
+    project(weight, nullptr, t.x, count, to);
+    const Real *scale = vector(p_.first_affine, 2 * layer), *shift = scale + channels_;
+    for (int64_t c = 0; c < channels_; ++c) {
+      const Vec<Real> factor = splat(scale[c]), constant = splat(shift[c]), zero{};
+      for_row(to, c, count,
+              [&](int64_t i, int64_t) { store(to.data + i, at_least(zero, factor * load(to.data + i) + constant)); });
+    }
   }
   // As project, added to what is there.
   void add_projection(Constant weight, Matrix from, int64_t count, Matrix to) const {
@@ -244,14 +280,42 @@ class Training {
     multiply<Op, Output::kAccumulate>(product, row_major<Op>(to, channels_));
   }
 
-  // q^ or k^ from the normalised second layer and, where asked, their slopes.
+  // The same in double, with x' in t.right.
+  void add_outer_in_double(Matrix left, int64_t count, const Tile& t, double* to) const {
+    const int64_t size = ceil_div(count, kPanel<Op>) * left.panel;
+    for (int64_t i = 0; i < size; ++i) t.left[i] = static_cast<double>(left.data[i]);
+    for (int64_t n = 0; n < count; n += kPanel<Op>) {
+      Product<Float64> product{channels_,
+                               channels_,
+                               min64(count - n, kPanel<Op>),
+                               {t.left + n / kPanel<Op> * left.panel, 1, kPanel<Float64> * left.row},
+                               constant(rows_of(t.right + n * row_))};
+      product.a_column = left.row;
+      multiply<Float64, Output::kAccumulate>(product, rows_of(to));
+    }
+  }
+  template <class T>
+  Panels<T> rows_of(T* data) const {
+    return {data, row_, kPanel<Float64>};
+  }
+  // to += sum over tokens of left x'^T: in double as asked of the pair, else added up in double by tile.
+  void add_outer_of_input(int64_t pair, Matrix left, int64_t count, const Tile& t, double* to) const {
+    if (precise(pair)) return add_outer_in_double(left, count, t, to);
+    const int64_t size = channels_ * row_;
+    std::memset(t.product, 0, sizeof(Real) * static_cast<size_t>(size));
+    add_outer(left, t.x_rows, count, t.product);
+    for (int64_t i = 0; i < size; ++i) to[i] += static_cast<double>(t.product[i]);
+  }
+  bool precise(int64_t pair) const { return static_cast<const bool*>(p_.precise)[pair]; }
+
+  // q^ or k^ from the second layer and, where asked, their slopes.
   template <bool kSlope>
   void activate(int64_t pair, int64_t count, const Tile& t) const {
-    const Real *gamma = vector(p_.affine, 3 * pair + 1), *beta = vector(p_.affine, 3 * pair + 2);
+    const Real *bias = vector(p_.affine, 3 * pair), *scale = bias + channels_, *beta = scale + channels_;
     for (int64_t c = 0; c < channels_; ++c) {
-      const Vec<Real> factor = splat(gamma[c]), shift = splat(beta[c]);
-      for_row(t.normalised, c, count, [&](int64_t i, int64_t) {
-        const Vec<Real> a = factor * load(t.normalised.data + i) + shift;
+      const Vec<Real> before = splat(bias[c]), factor = splat(scale[c]), shift = splat(beta[c]);
+      for_row(t.second, c, count, [&](int64_t i, int64_t) {
+        const Vec<Real> a = factor * (load(t.second.data + i) + before) + shift;
         if constexpr (kSlope) {
           Vec<Real> value, slope;
           softplus_with_derivative(a, value, slope);

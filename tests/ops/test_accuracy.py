@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import xattn_kernels as xk
+from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing import compare
 from xattn_kernels.testing.cases import CASES, DTYPES, MEANS, WIDTHS, Case, single
 
@@ -97,6 +100,114 @@ def test_heads(
 
 def test_scale(engine: str) -> None:
     judge(CORES["softmax"], PAIR, torch.float32, scale=0.07)
+
+
+@dataclass(frozen=True)
+class Peaked:
+    """A query slot that reads sources jointly, with scores so large that few keys count."""
+
+    heads: int
+    sources: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    """(B, C, N) of all sources, one after the other."""
+    grad_output: Tensor
+    grad_lse: Tensor
+    """(B, heads, N), in float32."""
+
+    @classmethod
+    def make(cls, factor: float, heads: int, sources: int, dtype: torch.dtype) -> Peaked:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        query, grad = factor * draw(2, 32, 150), draw(2, 32, 150)
+        key, value = (draw(2, 32, 140 * sources) for _ in range(2))
+        slots = [x.to(dtype) for x in (query, key, value, grad)]
+        return cls(heads, sources, *slots, draw(2, heads, 150).float())
+
+    def results(self, run: Any, dtype: torch.dtype, lse: bool) -> list[Tensor]:
+        """Output and gradients of query, key and value in `dtype`; of a loss with lse or without.
+
+        Args:
+            run: gives output and log-sum-exp of (query, key, value).
+        """
+        inputs = (self.queries, self.keys, self.values)
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        output, log_sum_exp = run(*leaves)
+        results, grads = [output], [self.grad_output.to(output.dtype)]
+        if lse:
+            results.append(log_sum_exp)
+            grads.append(self.grad_lse.to(log_sum_exp.dtype))
+        return [output.detach(), *torch.autograd.grad(results, leaves, grads)]
+
+    def library(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        edges = [(0, source, 0, 0) for source in range(self.sources)]
+        schedule = Schedule.from_edges(
+            edges, num_queries=1, num_sources=self.sources, allow_self=True
+        )
+        parts = [list(x.chunk(self.sources, dim=2)) for x in (key, value)]
+        outputs, lse = xk.softmax_cross_attention(
+            [query], *parts, schedule, heads=self.heads, return_lse=True
+        )
+        return outputs[0], lse[0]
+
+    def composition(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.unflatten(1, (self.heads, -1)) for x in (query, key, value))
+        scores = q.mT @ k * q.size(2) ** -0.5
+        output = v @ scores.softmax(dim=3).mT
+        return output.flatten(1, 2), scores.logsumexp(dim=3)
+
+    def torch_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (x.unflatten(1, (self.heads, -1)).mT for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2), None
+
+
+def off(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Relative L2 errors."""
+    pairs = zip(results, exact, strict=True)
+    return [((x.double() - r).norm() / r.norm()).item() for x, r in pairs]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1, 8, 64])
+@pytest.mark.parametrize(("heads", "sources"), [(1, 1), (4, 1), (4, 2)])
+def test_peaked_scores(
+    engine: str, heads: int, sources: int, factor: float, dtype: torch.dtype
+) -> None:
+    """Gradients do not suffer from the rounding of outputs, with which they are computed."""
+    case = Peaked.make(factor, heads, sources, dtype)
+    exact = case.results(case.composition, torch.float64, lse=False)
+    ours = off(case.results(case.library, dtype, lse=False), exact)
+    theirs = off(case.results(case.torch_attention, dtype, lse=False), exact)
+    assert all(x <= 2 * y for x, y in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1, 64])
+def test_gradients_of_log_sum_exp(engine: str, factor: float, dtype: torch.dtype) -> None:
+    """Twice what rounding the exact gradients to 16 bits costs."""
+    case = Peaked.make(factor, 4, 2, dtype)
+    exact = case.results(case.composition, torch.float64, lse=True)
+    ours = off(case.results(case.library, dtype, lse=True), exact)
+    rounding = off([x.to(dtype) for x in exact], exact)
+    assert all(x <= 2 * y for x, y in zip(ours, rounding, strict=True)), (ours, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_one_by_one(engine: str, dtype: torch.dtype) -> None:
+    """What keys and values are given does not depend on whether queries want a gradient."""
+    case = Peaked.make(8, 4, 2, dtype)
+    expected = case.results(case.library, dtype, lse=True)
+    for i, name in enumerate(("queries", "keys", "values")):
+        inputs = [case.queries, case.keys, case.values]
+        leaf = inputs[i] = inputs[i].clone().requires_grad_()
+        results = zip(case.library(*inputs), (case.grad_output, case.grad_lse), strict=True)
+        outputs, grads = zip(*(pair for pair in results if pair[0].requires_grad), strict=True)
+        (gradient,) = torch.autograd.grad(outputs, [leaf], grads)
+        assert torch.equal(gradient, expected[i + 1]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -532,9 +532,9 @@ def test_saved_bytes(engine: str) -> None:
     block = Block("saved", Schedule.cross_task(slots), (tokens,) * slots, c, batch)
     features = slots * batch * c * tokens
     states = edges * batch * c * (c + 1)
-    moments = slots * (c * c + c + 1)  # covariance, mean, count
-    statistics = 2 * 5 * edges * c
-    expected = 4 * (features + states + moments + statistics)
+    moments = slots * (c * c + 2 * c + 1)  # covariance, sums, means, count
+    statistics = (2 * 5 + 3) * edges * c  # mean and variance; of first layers in closed form, too
+    expected = 4 * (features + states + slots * c) + 8 * (moments + statistics) + 3 * edges
     assert saved_bytes(block.tensors(torch.float32).require(), block.schedule) == expected
 
 
@@ -543,7 +543,7 @@ def test_saved_bytes_are_constant_in_tasks(tasks: int) -> None:
     """Of 8 maps, each is kept once, by however many tasks it is read.
 
     What grows with the tokens is counted: twice the tokens cost 8 more maps, for any number of
-    edges. Beside it, an edge keeps (C + 11) C + B C^2 numbers and less.
+    edges. Beside it, an edge keeps B C (C + 1) numbers of its states and 13 C of statistics.
     """
     channels, batch, maps = 4, 2, 8
     schedule = Schedule.from_edges(
@@ -568,22 +568,24 @@ def samples() -> dict[str, tuple[Any, ...]]:
 
     features = [draw(batch, c, n) for n in (6, 5, 7)]
     center = draw(3, c)
-    target = (features, center, [0, 1], draw(2, c, c), draw(2, c), draw(2, c, c), draw(2, 3, c))
+    target = (features, center, [0, 1], draw(2, c, c), draw(2, 2, c), draw(2, c, c), draw(2, 3, c))
     target = (*target, [0, 1, 0], draw(3, batch, c, c), draw(3, batch, c).abs(), 1e-12)
-    source = (features, center, [1, 2, 0], draw(3, 2, c, c), draw(3, 2, c))
+    source = (features, center, [1, 2, 0], draw(3, 2, c, c), draw(3, 2, 2, c))
     source = (*source, draw(3, c, c), draw(3, 3, c))
     states = (draw(3, batch, c, c), draw(3, batch, c))
     outputs = [draw(batch, c, n) for n in (6, 5, 6)]
     sums = [torch.zeros(batch, n, c).mT for n in (6, 5, 7)]
+    precise = torch.tensor([True, False, True])
     return {
         "moments": (features, engine),
-        "hidden_moments": (*target[:5], draw(2, c, c), engine),
+        "first_moments": (*target[:4], precise[:2], engine),
+        "hidden_moments": (*target[:6], engine),
         "states": (*source, engine),
         "attend": (*target, outputs, engine),
         "target_sums": (*target, outputs, engine),
-        "target_gradients": (*target, outputs, draw(2, 2, c), sums, engine),
-        "source_sums": (*source, *states, sums, engine),
-        "source_gradients": (*source, *states, draw(3, 2, c), sums, engine),
+        "target_gradients": (*target, outputs, draw(2, 2, c), precise[:2], sums, engine),
+        "source_sums": (*source, *states, precise, sums, engine),
+        "source_gradients": (*source, *states, draw(3, 2, c), precise, sums, engine),
         "input_gradient": (features, center, draw(3, c, c), draw(3, c), sums, engine),
     }
 
@@ -596,7 +598,7 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", samples())
 def test_passes_of_engines_agree(name: str) -> None:
     """Each pass by itself, in results and in what it writes."""
-    written = {"attend": 11, "target_gradients": 13, "source_sums": 9, "source_gradients": 10}
+    written = {"attend": 11, "target_gradients": 14, "source_sums": 10, "source_gradients": 11}
     place = written.get(name, 4 if name == "input_gradient" else None)
     results = []
     for engine in ("reference", "cpu"):

@@ -15,7 +15,15 @@ from xattn_kernels.ops.cross_attention_block_training import cpu, reference
 
 GRADIENTS = ("target_gradients", "source_sums", "source_gradients", "input_gradient")
 """Passes that add to gradients of features."""
-PASSES = ("moments", "hidden_moments", "states", "attend", "target_sums", *GRADIENTS)
+PASSES = (
+    "moments",
+    "first_moments",
+    "hidden_moments",
+    "states",
+    "attend",
+    "target_sums",
+    *GRADIENTS,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Layout:
             "slots": list(self.slots),
             "target_of_output": list(self.outputs),
             "first": new(pairs, 2, C, C, scale=layer),
-            "first_bias": new(pairs, 2, C),
+            "first_affine": new(pairs, 2, 2, C),
             "second": new(pairs, C, C, scale=layer),
             "affine": new(pairs, 3, C),
             "state_s": new(len(self.outputs), self.batch, C, C),
@@ -69,6 +77,7 @@ class Layout:
             "grad_s": new(pairs, self.batch, C, C),
             "grad_z": new(pairs, self.batch, C),
             "coefficients": new(pairs, 2, C),
+            "precise": torch.arange(pairs) % 2 == 0,
             "matrix": new(len(self.tokens), C, C, scale=layer),
             "vector": new(len(self.tokens), C),
             "grad_outputs": [self.map(self.tokens[slot], self.dtype) for slot in owners],
@@ -86,12 +95,14 @@ def run(
     side = [x[key] for key in ("features", "center", "slots")]
     if name == "moments":
         return list(engine.moments(x["features"]))
-    one = [x["first"][:, 0].contiguous(), x["first_bias"][:, 0].contiguous()]
+    one = [x["first"][:, 0].contiguous(), x["first_affine"][:, 0].contiguous()]
+    if name == "first_moments":
+        return list(engine.first_moments(*side, one[0], x["precise"]))
     if name == "hidden_moments":
         return list(engine.hidden_moments(*side, *one, x["second"]))
     target = [*side, *one, x["second"], x["affine"], x["target_of_output"]]
     target += [x["state_s"], x["state_z"], layout.eps]
-    source = [*side, x["first"], x["first_bias"], x["second"], x["affine"]]
+    source = [*side, x["first"], x["first_affine"], x["second"], x["affine"]]
     if name == "states":
         return list(engine.states(*source))
     if name == "attend":
@@ -107,11 +118,13 @@ def run(
     ]
     results: Sequence[Tensor] = ()
     if name == "target_gradients":
-        results = engine.target_gradients(*target, x["grad_outputs"], x["coefficients"], gradients)
+        operands = (x["grad_outputs"], x["coefficients"], x["precise"])
+        results = engine.target_gradients(*target, *operands, gradients)
     elif name == "source_sums":
-        results = engine.source_sums(*source, x["grad_s"], x["grad_z"], gradients)
+        operands = (x["grad_s"], x["grad_z"], x["precise"])
+        results = engine.source_sums(*source, *operands, gradients)
     elif name == "source_gradients":
-        operands = (x["grad_s"], x["grad_z"], x["coefficients"])
+        operands = (x["grad_s"], x["grad_z"], x["coefficients"], x["precise"])
         results = engine.source_gradients(*source, *operands, gradients)
     else:
         engine.input_gradient(*side[:2], x["matrix"], x["vector"], gradients)
@@ -136,7 +149,7 @@ def judge(name: str, layout: Layout) -> None:
 
 def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.double()
+        return value.double() if value.is_floating_point() else value
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         return [x.double() for x in value]
     return value
@@ -217,15 +230,15 @@ def test_moments_of_a_large_mean(name: str) -> None:
         x["features"] = [f + drift for f in x["features"]]
     else:
         x["first"] *= 0.01
-        x["first_bias"] += 100
+        x["first_affine"] += 100
     got = run(cpu, name, layout, x)
     exact = run(reference, name, layout, {key: _double(value) for key, value in x.items()})
+    if name == "moments":
+        torch.testing.assert_close(got, exact, rtol=1e-13, atol=1e-10)
+        return
     # The second layer of inputs near 100 is rounded before it is centred.
-    torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-7, atol=3e-5)
-    scale = exact[1].abs().max() if name == "moments" else exact[1].abs()
-    assert (
-        (got[1].double() - exact[1]).abs() <= (1e-6 if name == "moments" else 1e-3) * scale
-    ).all()
+    torch.testing.assert_close(got[0], exact[0], rtol=2e-7, atol=3e-5)
+    assert ((got[1] - exact[1]).abs() <= 1e-3 * exact[1].abs()).all()
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -251,7 +264,7 @@ def test_outputs_amid_other_numbers(channels_last: bool, dtype: torch.dtype) -> 
     inner = buffer[:, 3:56, 2:19].transpose(1, 2) if channels_last else buffer[:, 2:19, 3:56]
     inner.fill_(torch.nan)
     target = [x[key] for key in ("features", "center", "slots")]
-    target += [x["first"][:, 0], x["first_bias"][:, 0], x["second"], x["affine"]]
+    target += [x["first"][:, 0], x["first_affine"][:, 0], x["second"], x["affine"]]
     cpu.attend(*target, [0], x["state_s"], x["state_z"], layout.eps, [inner])
     assert not inner.isnan().any()
     inner.fill_(7)

@@ -53,8 +53,9 @@ class Wiring:
 Way = Literal["folded", "recomputed", "layers"]
 
 FEW_TOKENS = 16
-"""Measured with C = 36 to 288 in float32: gradients have up to 50 times the error of op by op for 2
-to 4 (sample, token), up to 5 times for 5, and the same from 6 on."""
+"""Measured with C = 12 in float32: of 2 and 3 (sample, token) op by op has gradients that are
+exactly zero, where closed form leaves rounding errors; from 4 to 8 closed form has up to 4.3 times
+the error of op by op, from 12 on up to 1.6 times."""
 
 STORING_ENGINES = (None, "reference")
 """Engines by which recomputing is no faster than storing: none, or that in plain PyTorch."""

@@ -17,23 +17,25 @@ def _call(slots: Slots, schedule: Schedule) -> None:
     pairs = pairs_of(schedule.edges_flat)
     targets = [slot for slot, _ in pairs.targets]
     sources = [slot for slot, _ in pairs.sources]
-    center, _ = engine.moments(features)
+    center = engine.moments(features)[0].float()
+    precise = torch.zeros(len(sources), dtype=torch.bool)
     grads = [torch.zeros(x.mT.shape).mT for x in features]
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, channels)
 
     first, second = zeros(len(targets), channels), zeros(len(targets), channels)
-    layers = (first, zeros(len(targets)), second, zeros(len(targets), 3))
-    both = (zeros(len(sources), 2, channels), zeros(len(sources), 2), *layers[2:])
+    layers = (first, zeros(len(targets), 2), second, zeros(len(targets), 3))
+    both = (zeros(len(sources), 2, channels), zeros(len(sources), 2, 2), *layers[2:])
     engine.hidden_moments(features, center, targets, *layers[:3])
     state = engine.states(features, center, sources, *both)
     target = (features, center, targets, *layers, pairs.target_of_output, *state, 1e-12)
     engine.attend(*target, outputs)
     grad_s, grad_z, sums = engine.target_sums(*target, outputs)
-    engine.target_gradients(*target, outputs, sums, grads)
-    engine.source_sums(features, center, sources, *both, grad_s, grad_z, grads)
-    engine.source_gradients(features, center, sources, *both, grad_s, grad_z, sums, grads)
+    engine.target_gradients(*target, outputs, sums, precise, grads)
+    source = (features, center, sources, *both, grad_s, grad_z)
+    engine.source_sums(*source, precise, grads)
+    engine.source_gradients(*source, sums, precise, grads)
     engine.input_gradient(features, center, first[:4], zeros(4), grads)
 
 

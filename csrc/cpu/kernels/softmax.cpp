@@ -7,6 +7,11 @@
 //
 // The backward recomputes the weights once per side (seven products instead of five), so that no two
 // tasks add to the same gradient. Scores are kept in base 2: s = q.k * scale / ln 2.
+//
+// A weight's gradient is p (dp - delta) with delta = out . g = sum p dp. Outputs in 16 bits are rounded,
+// which peaked weights do not forgive: dp - delta is small where p is not. There the side of the queries
+// sums p (dp - delta) as well, which would be zero, and with an eighth product, sum p k, corrects itself; the
+// side of the keys, which comes after, is given the corrected delta.
 #include "../math.h"
 #include "../pack.h"
 #include "../pieces.h"
@@ -25,7 +30,7 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 template <class Op>
 struct Buffers {
   using Real = typename Op::Real;
-  Real *own, *own_value, *sum, *sum_value;
+  Real *own, *own_value, *sum, *sum_value, *average;
   Real *block, *block_value, *block_rows, *block_value_rows;
   Real *weights, *products, *row_lse, *row_delta, *maximum, *total;
   Buffers(Arena& arena, int64_t tokens, int64_t channels, int64_t value_channels) {
@@ -34,6 +39,7 @@ struct Buffers {
     own_value = arena.take<Real>(tokens * value_channels);
     sum = arena.take<Real>(tokens * channels);
     sum_value = arena.take<Real>(tokens * value_channels);
+    average = arena.take<Real>(tokens * channels);
     block = arena.take<Real>(padded * channels);
     block_value = arena.take<Real>(padded * value_channels);
     block_rows = arena.take<Real>(kBlock * row_length<Op>(channels));
@@ -232,21 +238,22 @@ class Softmax {
 
   void query_gradient_tile(const SoftmaxGradients& g, const Tile& tile, const Buffers<Op>& t) const {
     const View& dq = g.queries[tile.slot];
-    if (!dq.data) return;
+    const bool rounded = p_.dtype == Dtype::kBFloat16 || p_.dtype == Dtype::kFloat16;
+    if (!dq.data && !rounded) return;
     const int64_t width = round_up(tile.count, kPanel<Op>);
     read_panels(p_.queries[tile.slot], tile, tile.begin, tile.count, channels_, t.own);
     scale(t.own, width * channels_, p_.scale * kLog2E);
     clear(t.sum, width * channels_);
-    int64_t loaded = -1;
     for (int64_t e = p_.edges.query_begin[tile.slot]; e < p_.edges.query_begin[tile.slot + 1]; ++e) {
-      const Edge& edge = p_.edges.all[p_.edges.by_query[e]];
-      const int64_t o = edge.output, j = edge.source, tokens = p_.keys[j].tokens;
+      const int64_t index = p_.edges.by_query[e], o = p_.edges.all[index].output, j = p_.edges.all[index].source;
+      const int64_t tokens = p_.keys[j].tokens;
       if (!wanted(g, o)) continue;
-      if (loaded != o) {
+      if (index == p_.edges.output_begin[o]) {
         read_gradient(g, o, tile, tile.begin, tile.count, t.own_value, nullptr);
         read_statistics(o, tile, tile.begin, tile.count, t);
         for (int64_t n = tile.count; n < width; ++n) t.row_lse[n] = t.row_delta[n] = 0;
-        loaded = o;
+        clear(t.total, width);
+        clear(t.average, width * channels_);
       }
       for (int64_t k = 0; k < tokens; k += kBlock) {
         const int64_t rows = min64(kBlock, tokens - k);
@@ -258,17 +265,46 @@ class Softmax {
           score(t.block_value, t.own_value, panel, rows, value_channels_, t.products);
           for (int64_t n = 0; n < kPanel<Op>; n += kLanes<Real>) {
             const Vec<Real> row_lse = load(t.row_lse + panel + n), row_delta = load(t.row_delta + panel + n);
+            Vec<Real> total{};
             for (int64_t r = 0; r < rows; ++r) {
               const int64_t at = r * kPanel<Op> + n;
-              store(t.weights + at, exp2_weight(load(t.weights + at) - row_lse) * (load(t.products + at) - row_delta));
+              const Vec<Real> weight = exp2_weight(load(t.weights + at) - row_lse);
+              const Vec<Real> gradient = weight * (load(t.products + at) - row_delta);
+              store(t.weights + at, weight);
+              store(t.products + at, gradient);
+              total += gradient;
             }
+            store(t.total + panel + n, load(t.total + panel + n) + total);
           }
-          accumulate(t.block_rows, t.weights, rows, channels_, panel, t.sum);
+          if (!dq.data) continue;
+          accumulate(t.block_rows, t.products, rows, channels_, panel, t.sum);
+          if (rounded) accumulate(t.block_rows, t.weights, rows, channels_, panel, t.average);
         }
       }
+      if (rounded && index + 1 == p_.edges.output_begin[o + 1]) correct(g, o, tile, t);
     }
+    if (!dq.data) return;
     fill(t.total, width, p_.scale);
     write_panels(t.sum, t.total, channels_, dq, tile);
+  }
+
+  // delta += sum p (dp - delta), of which the gradient of log-sum-exp is a part, and what follows from it for
+  // the gradient of the queries.
+  void correct(const SoftmaxGradients& g, int64_t o, const Tile& tile, const Buffers<Op>& t) const {
+    const Real* grad_lse = g.grad_lse[o] ? lse(g.grad_lse, o, tile.b, tile.head) + tile.begin : nullptr;
+    Real* d = delta(o, tile.b, tile.head) + tile.begin;
+    for (int64_t n = 0; n < tile.count; ++n) {
+      const bool empty = t.row_lse[n] == -static_cast<Real>(INFINITY);  // no keys
+      t.total[n] = empty ? Real(0) : t.total[n] - (grad_lse ? grad_lse[n] : Real(0));
+      d[n] += t.total[n];
+    }
+    for (int64_t n = 0; n < tile.count; n += kLanes<Real>) {
+      const Vec<Real> shift = load(t.total + n);
+      Real* sum = column<Op>(panelled<Op>(t.sum, channels_), n);
+      const Real* average = column<Op>(panelled<Op>(t.average, channels_), n);
+      for (int64_t c = 0; c < channels_ * kPanel<Op>; c += kPanel<Op>)
+        store(sum + c, load(sum + c) - shift * load(average + c));
+    }
   }
 
   void key_gradient_tile(const SoftmaxGradients& g, const Tile& tile, const Buffers<Op>& t) const {

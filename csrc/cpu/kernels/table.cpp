@@ -19,6 +19,7 @@ void pyramid_classify(const PyramidProblem&, int);
 void pyramid_sums(const PyramidProblem&, const PyramidGradients&, int);
 void pyramid_backward(const PyramidProblem&, const PyramidGradients&, int);
 void training_moments(const TrainingProblem&, const TrainingResults&, int);
+void training_first_moments(const TrainingProblem&, const TrainingResults&, int);
 void training_hidden_moments(const TrainingProblem&, const TrainingResults&, int);
 void training_states(const TrainingProblem&, const TrainingResults&, int);
 void training_attend(const TrainingProblem&, const TrainingResults&, int);
@@ -29,26 +30,13 @@ void training_source_gradients(const TrainingProblem&, const TrainingResults&, i
 void training_input_gradient(const TrainingProblem&, const TrainingResults&, int);
 
 extern const Kernels kernels;
-const Kernels kernels = {linear_forward,
-                         linear_backward,
-                         softmax_forward,
-                         softmax_backward,
-                         block_packed_bytes,
-                         block_pack,
-                         block_forward,
-                         pyramid_forward,
-                         pyramid_classify,
-                         pyramid_sums,
-                         pyramid_backward,
-                         training_moments,
-                         training_hidden_moments,
-                         training_states,
-                         training_attend,
-                         training_target_sums,
-                         training_target_gradients,
-                         training_source_sums,
-                         training_source_gradients,
-                         training_input_gradient};
+const Kernels kernels = {linear_forward,         linear_backward,           softmax_forward,
+                         softmax_backward,       block_packed_bytes,        block_pack,
+                         block_forward,          pyramid_forward,           pyramid_classify,
+                         pyramid_sums,           pyramid_backward,          training_moments,
+                         training_first_moments, training_hidden_moments,   training_states,
+                         training_attend,        training_target_sums,      training_target_gradients,
+                         training_source_sums,   training_source_gradients, training_input_gradient};
 
 }  // namespace XATTN_ISA
 }  // namespace xattn

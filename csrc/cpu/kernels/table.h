@@ -24,6 +24,7 @@ struct Kernels {
   void (*pyramid_backward)(const PyramidProblem&, const PyramidGradients&, int threads);
   // The passes of the cross-attention block in training.
   void (*training_moments)(const TrainingProblem&, const TrainingResults&, int threads);
+  void (*training_first_moments)(const TrainingProblem&, const TrainingResults&, int threads);
   void (*training_hidden_moments)(const TrainingProblem&, const TrainingResults&, int threads);
   void (*training_states)(const TrainingProblem&, const TrainingResults&, int threads);
   void (*training_attend)(const TrainingProblem&, const TrainingResults&, int threads);

@@ -23,18 +23,17 @@ class Forward : Training<Op> {
   void states(const TrainingResults& results) const {
     const int64_t C = channels_, pairs = p_.pairs.size();
     const Transposed<Op> first(p_.first, 2 * pairs, C, threads_), second(p_.second, pairs, C, threads_);
-    const Partials<Real> partials = Base::pair_partials(C * row_ + C);
+    const Partials<Real> partials = Base::template pair_partials<Real>(C * row_ + C);
     Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       for (int64_t i = begin; i < end; ++i) partials.cleared(p_.pairs.members[i], piece);
       Base::for_tiles(piece, [&](int64_t n, int64_t count) {
-        Base::load_centred(piece, n, count, false, t);
+        Base::load_centred(piece, n, count, t);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pair = p_.pairs.members[i];
-          const Real* bias = Base::vector(p_.first_bias, 2 * pair);
-          Base::project(first[2 * pair], bias, true, t.x, count, t.hidden);
-          Base::project(second[pair], Base::vector(p_.affine, 3 * pair), false, t.hidden, count, t.normalised);
+          Base::project_first(first[2 * pair], 2 * pair, count, t, t.hidden);
+          Base::project(second[pair], nullptr, t.hidden, count, t.second);
           Base::template activate<false>(pair, count, t);
-          Base::project(first[2 * pair + 1], bias + C, true, t.x, count, t.value);
+          Base::project_first(first[2 * pair + 1], 2 * pair + 1, count, t, t.value);
           Real* state = partials.at(pair, piece.row, piece.part);
           for (int64_t c = 0; c < C; ++c) {
             Base::fill_padding(t.activated, c, count, Real(0));
@@ -61,15 +60,15 @@ class Forward : Training<Op> {
     const Transposed<Op> states(p_.state_s, p_.outputs.size() * p_.batch, C, threads_);
     Base::for_pieces(true, [&](const Piece& piece, int64_t begin, int64_t end, const Tile& t) {
       Base::for_tiles(piece, [&](int64_t n, int64_t count) {
-        Base::load_centred(piece, n, count, false, t);
+        Base::load_centred(piece, n, count, t);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pair = p_.pairs.members[i];
-          Base::project(first[pair], Base::vector(p_.first_bias, pair), true, t.x, count, t.hidden);
-          Base::project(second[pair], Base::vector(p_.affine, 3 * pair), false, t.hidden, count, t.normalised);
+          Base::project_first(first[pair], pair, count, t, t.hidden);
+          Base::project(second[pair], nullptr, t.hidden, count, t.second);
           Base::template activate<false>(pair, count, t);
           for (int64_t j = p_.outputs.begin[pair]; j < p_.outputs.begin[pair + 1]; ++j) {
             const int64_t o = p_.outputs.members[j], state = o * p_.batch + piece.row;
-            Base::project(states[state], nullptr, false, t.activated, count, t.value);
+            Base::project(states[state], nullptr, t.activated, count, t.value);
             divisors(Base::vector(p_.state_z, state), count, t);
             store_channels<Op>(constant(t.value), t.weight, 0, C, count, p_.dtype, p_.maps[o], piece.row, n);
           }

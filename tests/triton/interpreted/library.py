@@ -52,27 +52,28 @@ def training_samples() -> dict[str, tuple[Any, ...]]:
     features = [torch.randn(batch, channels, n) for n in tokens]
     square = (channels, channels)
     center, slots = torch.randn(2, channels), [0, 1]
-    target = (features, center, slots, torch.randn(2, *square), torch.randn(2, channels))
-    source = (features, center, slots, torch.randn(2, 2, *square), torch.randn(2, 2, channels))
+    target = (features, center, slots, torch.randn(2, *square), torch.randn(2, 2, channels))
+    source = (features, center, slots, torch.randn(2, 2, *square), torch.randn(2, 2, 2, channels))
     second, affine = torch.randn(2, *square), torch.rand(2, 3, channels)
     state = (torch.randn(2, batch, *square), torch.rand(2, batch, channels) + 1)
     attended = (*target, second, affine, [0, 1], *state, 1e-12)
     sourced = (*source, second, affine, *state)
     grads = [torch.randn_like(x) for x in features]
-    coefficients = torch.randn(2, 2, channels)
+    coefficients, precise = torch.randn(2, 2, channels), torch.tensor([True, False])
 
     def zeros() -> list[Tensor]:
         return [x.new_zeros(batch, x.size(2), channels).transpose(1, 2) for x in features]
 
     samples: dict[str, tuple[Any, ...]] = {
         "moments": (features,),
+        "first_moments": (*target[:4], precise),
         "hidden_moments": (*target, second),
         "states": (*source, second, affine),
         "attend": (*attended, [torch.empty_like(x) for x in features]),
         "target_sums": (*attended, grads),
-        "target_gradients": (*attended, grads, coefficients, zeros()),
-        "source_sums": (*sourced, zeros()),
-        "source_gradients": (*sourced, coefficients, zeros()),
+        "target_gradients": (*attended, grads, coefficients, precise, zeros()),
+        "source_sums": (*sourced, precise, zeros()),
+        "source_gradients": (*sourced, coefficients, precise, zeros()),
         "input_gradient": (features, center, torch.randn(2, *square), center, zeros()),
     }
     name = "cross_attention_block_training"
@@ -92,8 +93,8 @@ PYRAMIDS = ["pyramid_projection", "pyramid_projection_backward"]
 TRAINING = [
     "cross_attention_block_training" + suffix
     for suffix in (
-        *("", "_moments", "_hidden_moments", "_states", "_target_sums", "_target_gradients"),
-        *("_source_sums", "_source_gradients", "_input_gradient"),
+        *("", "_moments", "_first_moments", "_hidden_moments", "_states", "_target_sums"),
+        *("_target_gradients", "_source_sums", "_source_gradients", "_input_gradient"),
     )
 ]
 

@@ -70,6 +70,9 @@ class Case:
         def matrices(*shape: int) -> Tensor:
             return draw(*shape, c, c) * c**-0.5
 
+        def affine(*shape: int) -> Tensor:
+            return torch.stack([torch.linspace(0.5, 1.5, c).expand(*shape, c), draw(*shape, c)], -2)
+
         features = [self.map(n, dtype) for n in self.tokens]
         for x in features:
             x.copy_(draw(*x.shape) + self.mean)
@@ -82,9 +85,9 @@ class Case:
             "center": self.mean + 0.1 * draw(len(self.tokens), c),
             "slots": list(self.slots),
             "first": matrices(pairs),
-            "first_bias": draw(pairs, c),
+            "first_affine": affine(pairs),
             "both": matrices(pairs, 2),
-            "both_bias": draw(pairs, 2, c),
+            "both_affine": affine(pairs, 2),
             "second": matrices(pairs),
             "affine": draw(pairs, 3, c),
             "target_of_output": list(self.outputs),
@@ -95,6 +98,7 @@ class Case:
             "grad_s": matrices(pairs, self.batch),
             "grad_z": draw(pairs, self.batch, c),
             "coefficients": 0.1 * draw(pairs, 2, c),
+            "precise": torch.arange(pairs) % 2 == 0,
             "matrix": matrices(len(self.tokens)),
             "vector": draw(len(self.tokens), c),
         }
@@ -107,18 +111,18 @@ class Case:
 
 
 _SIDE = ["features", "center", "slots"]
-_TARGET = [*_SIDE, "first", "first_bias", "second", "affine"]
+_TARGET = [*_SIDE, "first", "first_affine", "second", "affine"]
 _TARGET += ["target_of_output", "state_s", "state_z", "eps"]
-_SOURCE = [*_SIDE, "both", "both_bias", "second", "affine"]
+_SOURCE = [*_SIDE, "both", "both_affine", "second", "affine"]
 ARGUMENTS = {
     "moments": ["features"],
-    "hidden_moments": [*_SIDE, "first", "first_bias", "second"],
+    "hidden_moments": [*_SIDE, "first", "first_affine", "second"],
     "states": _SOURCE,
     "attend": [*_TARGET, "outputs"],
     "target_sums": [*_TARGET, "grad_outputs"],
-    "target_gradients": [*_TARGET, "grad_outputs", "coefficients", "grad_features"],
-    "source_sums": [*_SOURCE, "grad_s", "grad_z", "grad_features"],
-    "source_gradients": [*_SOURCE, "grad_s", "grad_z", "coefficients", "grad_features"],
+    "target_gradients": [*_TARGET, "grad_outputs", "coefficients", "precise", "grad_features"],
+    "source_sums": [*_SOURCE, "grad_s", "grad_z", "precise", "grad_features"],
+    "source_gradients": [*_SOURCE, "grad_s", "grad_z", "coefficients", "precise", "grad_features"],
     "input_gradient": ["features", "center", "matrix", "vector", "grad_features"],
 }
 
@@ -129,7 +133,8 @@ def double(x: Any) -> Any:
         return {key: double(y) for key, y in x.items()}
     if isinstance(x, list):
         return [double(y) for y in x]
-    return x.to(torch.float64, copy=True) if isinstance(x, Tensor) else x
+    real = isinstance(x, Tensor) and x.is_floating_point()
+    return x.to(torch.float64, copy=True) if real else x
 
 
 def run(module: Any, name: str, operands: dict[str, Any]) -> list[Tensor]:

@@ -26,23 +26,40 @@ def refusals(problem: Problem) -> list[str]:
 def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Means (S, C) and sums of squared deviations (S, C, C)."""
     slots, channels = len(features), features[0].size(1)
-    mean = _new(features, slots, channels)
-    deviations = _new(features, slots, channels, channels)
+    mean, deviations = (
+        _double(features, slots, channels),
+        _double(features, slots, channels, channels),
+    )
     _run("moments", features, results=(mean, deviations))
     return mean, deviations
+
+
+def first_moments(
+    features: Sequence[Tensor],
+    center: Tensor,
+    slots: Sequence[int],
+    weight: Tensor,
+    precise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and sums of squared deviations, (P, C) both, and counts (P)."""
+    mean, deviations = (_double(features, *weight.shape[:2]) for _ in range(2))
+    operands = (center, weight, None, None, None, None, None, None, precise)
+    _run("first_moments", features, slots, operands, results=(mean, deviations))
+    counts = [features[slot].size(0) * features[slot].size(2) for slot in slots]
+    return mean, deviations, mean.new_tensor(counts) * precise
 
 
 def hidden_moments(
     features: Sequence[Tensor],
     center: Tensor,
     slots: Sequence[int],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
+    first: Tensor,
+    first_affine: Tensor,
+    second: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Means and sums of squared deviations, (P, C) both."""
-    mean, deviations = torch.empty_like(bias1), torch.empty_like(bias1)
-    operands = (center, weight1, bias1, weight2)
+    mean, deviations = (_double(features, *second.shape[:2]) for _ in range(2))
+    operands = (center, first, first_affine, second)
     _run("hidden_moments", features, slots, operands, results=(mean, deviations))
     return mean, deviations
 
@@ -52,7 +69,7 @@ def states(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +77,7 @@ def states(
     batch, channels, _ = features[0].shape
     state_s = _new(features, len(slots), batch, channels, channels)
     state_z = _new(features, len(slots), batch, channels)
-    operands = (center, first, first_bias, second, affine)
+    operands = (center, first, first_affine, second, affine)
     _run("states", features, slots, operands, results=(None, None, state_s, state_z))
     return state_s, state_z
 
@@ -70,7 +87,7 @@ def attend(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -80,7 +97,7 @@ def attend(
     outputs: Sequence[Tensor],
 ) -> None:
     """Write the outputs (B, C, N)."""
-    operands = (center, first, first_bias, second, affine, state_s, state_z)
+    operands = (center, first, first_affine, second, affine, state_s, state_z)
     _run("attend", features, slots, operands, target_of_output, eps, views(outputs))
 
 
@@ -89,7 +106,7 @@ def target_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -105,7 +122,7 @@ def target_sums(
         "target_sums",
         features,
         slots,
-        (center, first, first_bias, second, affine, state_s, state_z),
+        (center, first, first_affine, second, affine, state_s, state_z),
         target_of_output,
         eps,
         views(grad_outputs),
@@ -119,7 +136,7 @@ def target_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -128,6 +145,7 @@ def target_gradients(
     eps: float,
     grad_outputs: Sequence[Tensor],
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums for the second (P, C, C) and the first (P, C, C), (P, C) layer of queries."""
@@ -136,7 +154,7 @@ def target_gradients(
         "target_gradients",
         features,
         slots,
-        (center, first, first_bias, second, affine, state_s, state_z, coefficients),
+        (center, first, first_affine, second, affine, state_s, state_z, coefficients, precise),
         target_of_output,
         eps,
         views(grad_outputs),
@@ -151,23 +169,24 @@ def source_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (P, 2, C) for the keys, and (P, C, C), (P, C) for the value layer."""
     pairs, channels = len(slots), features[0].size(1)
     sums = _new(features, pairs, 2, channels)
-    product = _new(features, pairs, channels, channels)
+    product = _double(features, pairs, channels, channels)
     bias = _new(features, pairs, channels)
     _run(
         "source_sums",
         features,
         slots,
-        (center, first, first_bias, second, affine, grad_s, grad_z),
+        (center, first, first_affine, second, affine, grad_s, grad_z, None, precise),
         grad_features=grad_features,
         results=(None, None, None, None, sums, None, product, bias),
     )
@@ -179,12 +198,13 @@ def source_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`target_gradients`, for the layers of keys."""
@@ -193,7 +213,7 @@ def source_gradients(
         "source_gradients",
         features,
         slots,
-        (center, first, first_bias, second, affine, grad_s, grad_z, coefficients),
+        (center, first, first_affine, second, affine, grad_s, grad_z, coefficients, precise),
         grad_features=grad_features,
         results=(None, None, None, None, None, *results),
     )
@@ -216,17 +236,21 @@ def _new(features: Sequence[Tensor], *shape: int) -> Tensor:
     return features[0].new_empty(shape, dtype=ACCUMULATORS[features[0].dtype])
 
 
+def _double(features: Sequence[Tensor], *shape: int) -> Tensor:
+    return features[0].new_empty(shape, dtype=torch.float64)
+
+
 def _layer_results(features: Sequence[Tensor], pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    channels = features[0].size(1)
-    second, first = (_new(features, pairs, channels, channels) for _layer in range(2))
-    return second, first, _new(features, pairs, channels)
+    shape = (pairs, features[0].size(1))
+    first = _double(features, *shape, shape[1])
+    return _new(features, *shape, shape[1]), first, _new(features, *shape)
 
 
 def _run(
     phase: str,
     features: Sequence[Tensor],
     slots: Sequence[int] = (),
-    operands: Sequence[Tensor] = (),
+    operands: Sequence[Tensor | None] = (),
     target_of_output: Sequence[int] = (),
     eps: float = 0.0,
     maps: Sequence[_View] = (),
@@ -235,7 +259,7 @@ def _run(
 ) -> None:
     """Call a pass with operands and results in the order that the module lists them in."""
     batch, channels, _ = features[0].shape
-    contiguous = [x.contiguous() for x in operands]  # held until the call returns
+    contiguous = [None if x is None else x.contiguous() for x in operands]  # held during the call
     gradients = [
         (0, 0, 0, 0, x.size(2)) if gradient.numel() == 0 else views([gradient])[0]
         for x, gradient in zip(features, grad_features, strict=len(grad_features) > 0)
@@ -248,7 +272,7 @@ def _run(
         views(features),
         slots,
         target_of_output,
-        [pointer(x) for x in contiguous] + [0] * (8 - len(operands)),
+        [pointer(x) for x in contiguous] + [0] * (9 - len(operands)),
         maps,
         gradients,
         [pointer(x) for x in results] + [0] * (8 - len(results)),

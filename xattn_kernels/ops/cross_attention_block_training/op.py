@@ -57,21 +57,27 @@ def _new(features: Sequence[Tensor], *shape: int) -> Tensor:
     return features[0].new_empty(shape, dtype=ACCUMULATORS[features[0].dtype])
 
 
+def _double(features: Sequence[Tensor], *shape: int) -> Tensor:
+    return features[0].new_empty(shape, dtype=torch.float64)
+
+
 def _fake_moments(features: list[Tensor], engine: str) -> tuple[Tensor, Tensor]:
     slots, channels = len(features), features[0].size(1)
-    return _new(features, slots, channels), _new(features, slots, channels, channels)
+    return _double(features, slots, channels), _double(features, slots, channels, channels)
+
+
+def _fake_first_moments(
+    features: list[Tensor], center: Tensor, slots: list[int], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, deviations = _fake_hidden_moments(features, center, slots)
+    return mean, deviations, _double(features, len(slots))
 
 
 def _fake_hidden_moments(
-    features: list[Tensor],
-    center: Tensor,
-    slots: list[int],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    engine: str,
+    features: list[Tensor], center: Tensor, slots: list[int], *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(bias1), torch.empty_like(bias1)
+    shape = (len(slots), features[0].size(1))
+    return _double(features, *shape), _double(features, *shape)
 
 
 def _fake_states(
@@ -91,7 +97,7 @@ def _fake_target_sums(
     center: Tensor,
     slots: list[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: list[int],
@@ -107,8 +113,8 @@ def _fake_gradients(
     features: list[Tensor], center: Tensor, slots: list[int], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (len(slots), features[0].size(1))
-    second, first = (_new(features, *shape, shape[1]) for _layer in range(2))
-    return second, first, _new(features, *shape)
+    first = _double(features, *shape, shape[1])
+    return _new(features, *shape, shape[1]), first, _new(features, *shape)
 
 
 def _fake_source_sums(
@@ -117,7 +123,7 @@ def _fake_source_sums(
     pairs, channels = len(slots), features[0].size(1)
     return (
         _new(features, pairs, 2, channels),
-        _new(features, pairs, channels, channels),
+        _double(features, pairs, channels, channels),
         _new(features, pairs, channels),
     )
 
@@ -127,7 +133,7 @@ def _fake_input_gradient(*_: Any) -> None:
 
 
 _SIDE = (
-    "(Tensor[] features, Tensor center, int[] slots, Tensor first, Tensor first_bias,"
+    "(Tensor[] features, Tensor center, int[] slots, Tensor first, Tensor first_affine,"
     " Tensor second, Tensor affine, "
 )
 _TARGET = _SIDE + "int[] target_of_output, Tensor state_s, Tensor state_z, float eps, "
@@ -144,10 +150,16 @@ def _define(phase: str, schema: str, fake: Any, mutated: int | None = None) -> A
 
 
 moments = _define("moments", "(Tensor[] features, str engine) -> (Tensor, Tensor)", _fake_moments)
+first_moments = _define(
+    "first_moments",
+    "(Tensor[] features, Tensor center, int[] slots, Tensor weight, Tensor precise, str engine)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_first_moments,
+)
 hidden_moments = _define(
     "hidden_moments",
-    "(Tensor[] features, Tensor center, int[] slots, Tensor weight1, Tensor bias1,"
-    " Tensor weight2, str engine) -> (Tensor, Tensor)",
+    "(Tensor[] features, Tensor center, int[] slots, Tensor first, Tensor first_affine,"
+    " Tensor second, str engine) -> (Tensor, Tensor)",
     _fake_hidden_moments,
 )
 states = _define("states", _SIDE + "str engine) -> (Tensor, Tensor)", _fake_states)
@@ -161,23 +173,23 @@ target_sums = _define(
 )
 target_gradients = _define(
     "target_gradients",
-    _TARGET + "Tensor[] grad_outputs, Tensor coefficients, Tensor(a!)[] grad_features,"
-    " str engine) -> (Tensor, Tensor, Tensor)",
+    _TARGET + "Tensor[] grad_outputs, Tensor coefficients, Tensor precise,"
+    " Tensor(a!)[] grad_features, str engine) -> (Tensor, Tensor, Tensor)",
     _fake_gradients,
-    mutated=13,
+    mutated=14,
 )
 source_sums = _define(
     "source_sums",
-    _SOURCE + "Tensor(a!)[] grad_features, str engine) -> (Tensor, Tensor, Tensor)",
+    _SOURCE + "Tensor precise, Tensor(a!)[] grad_features, str engine) -> (Tensor, Tensor, Tensor)",
     _fake_source_sums,
-    mutated=9,
+    mutated=10,
 )
 source_gradients = _define(
     "source_gradients",
-    _SOURCE + "Tensor coefficients, Tensor(a!)[] grad_features, str engine)"
+    _SOURCE + "Tensor coefficients, Tensor precise, Tensor(a!)[] grad_features, str engine)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_gradients,
-    mutated=10,
+    mutated=11,
 )
 input_gradient = _define(
     "input_gradient",

@@ -1,12 +1,15 @@
 """The passes of the cross-attention block in training, in plain PyTorch: the equations themselves.
 
-With x' = x - center for the center of a slot (the mean of its batch; zeros where the batch norms
-use running statistics), a pair of slot and set of weights is projected as::
+With x' = x - center for the center of a slot (the rounded mean of its batch; zeros where the batch
+norms use running statistics), a pair of slot and set of weights is projected as::
 
-    h = relu(W1 x' + b1)        first layer, its batch norm folded into W1 = diag(D1) W_1 and b1
-    y = Wn h + bn               second layer, normalised: Wn = diag(r2) W_2, bn = -r2 mean2
-    a = gamma y + beta          `affine` = [bn, gamma, beta]; gamma may be zero
-    q^, k^ = softplus(a)        v = relu(Wv x' + bv)
+    h = relu(diag(D1) W1 x' + b1)    first layer, `first_affine` = [D1, b1]; D1 may be zero
+    y = W2 h + b2                    second layer
+    a = diag(D2) y + beta            `affine` = [b2, D2, beta]; D2 may be zero
+    q^, k^ = softplus(a)             v = relu(diag(Dv) Wv x' + bv)
+
+where D1, D2, Dv are factor over standard deviation of batch norms, which are not folded into the
+weights: the moments of W1 x' and of W2 h are then those of the very same products.
 
 and for every output o, whose states S and Z are sums over its source pairs::
 
@@ -16,9 +19,12 @@ What all functions have in common:
 
 - `features`: one (B, C, N_s) tensor a slot, of any strides. Everything else is contiguous and in
   the dtype of computation (float32; float64 for float64 features) but `outputs` and
-  `grad_outputs`, which have the dtype of the features and any strides.
+  `grad_outputs`, which have the dtype of the features and any strides, and what is said to be in
+  float64.
 - `slots`: the slot of each of P pairs. A slot without tokens adds nothing to sums.
 - `target_of_output`: the pair of each output; every pair has one or more.
+- `precise`: (P) booleans. Where true, most of sums with x' is taken away when a batch norm passes
+  its gradient on, and an engine should make them in float64, x' included. It may do so elsewhere.
 - `grad_features`: one (B, C, N_s) tensor a slot, the channels of a token together, to be *added*
   to; one without elements where the gradient of a slot's features is not wanted.
 - Sums over samples and tokens are in a fixed order: results repeat bit for bit.
@@ -33,7 +39,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.ops.features import ACCUMULATORS
 from xattn_kernels.registry import Problem
 
 THRESHOLD = 20.0
@@ -46,33 +51,52 @@ def refusals(problem: Problem) -> list[str]:
 
 
 def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Means (S, C) over samples and tokens, and sums of (x - mean) (x - mean)^T, (S, C, C)."""
+    """Means (S, C) over samples and tokens, and sums of (x - mean) (x - mean)^T, (S, C, C).
+
+    Both are in float64.
+    """
     means, deviations = [], []
     for x in features:
-        x = x.to(ACCUMULATORS[x.dtype])
-        mean = x.sum(dim=(0, 2)) / max(x.size(0) * x.size(2), 1)
+        x = x.double()
+        mean = x.sum(dim=(0, 2)) / _tokens(x)
         means.append(mean)
         deviations.append(_outer(x - mean[:, None], x - mean[:, None]))
     return torch.stack(means), torch.stack(deviations)
+
+
+def first_moments(
+    features: Sequence[Tensor],
+    center: Tensor,
+    slots: Sequence[int],
+    weight: Tensor,
+    precise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of W1 x' where `precise` is true, in float64; zeros elsewhere.
+
+    Returns:
+        Means (P, C), sums of squared deviations from them (P, C), and the numbers of (sample,
+        token) that were measured (P). An engine may measure nothing.
+    """
+    products = [weight[pair] @ x for pair, x in _each(features, center, slots)]
+    counts = torch.tensor([y.size(0) * y.size(2) for y in products], device=precise.device)
+    mean, deviations = (x * precise.unsqueeze(1) for x in _moments(products))
+    return mean, deviations, counts.double() * precise
 
 
 def hidden_moments(
     features: Sequence[Tensor],
     center: Tensor,
     slots: Sequence[int],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
+    first: Tensor,
+    first_affine: Tensor,
+    second: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Means (P, C) of W2 relu(W1 x' + b1), and sums of squared deviations from them, (P, C)."""
-    means, deviations = [], []
-    for pair, slot in enumerate(slots):
-        x = _centred(features, center, slot)
-        y = weight2[pair] @ F.relu(weight1[pair] @ x + bias1[pair, :, None])
-        mean = y.sum(dim=(0, 2)) / max(y.size(0) * y.size(2), 1)
-        means.append(mean)
-        deviations.append((y - mean[:, None]).square().sum(dim=(0, 2)))
-    return torch.stack(means), torch.stack(deviations)
+    """Means (P, C) of W2 h, and sums of squared deviations from them, (P, C), in float64."""
+    products = [
+        second[pair] @ _first(x, first[pair], first_affine[pair])
+        for pair, x in _each(features, center, slots)
+    ]
+    return _moments(products)
 
 
 def states(
@@ -80,7 +104,7 @@ def states(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -90,14 +114,14 @@ def states(
         features: see above.
         center: (S, C).
         slots: see above.
-        first: (P, 2, C, C), W1 of keys and of values.
-        first_bias: (P, 2, C).
-        second: (P, C, C), Wn of keys.
+        first: (P, 2, C, C), W1 of keys and Wv.
+        first_affine: (P, 2, 2, C).
+        second: (P, C, C), W2 of keys.
         affine: (P, 3, C).
     """
     all_s, all_z = [], []
     for pair, x in _each(features, center, slots):
-        source = _project_source(x, first, first_bias, second, affine, pair)
+        source = _project_source(x, first, first_affine, second, affine, pair)
         all_s.append(source.values @ source.keys.mT)
         all_z.append(source.keys.sum(dim=2))
     return torch.stack(all_s), torch.stack(all_z)
@@ -108,7 +132,7 @@ def attend(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -124,8 +148,8 @@ def attend(
         center: (S, C).
         slots: see above.
         first: (P, C, C), W1 of queries.
-        first_bias: (P, C).
-        second: (P, C, C), Wn of queries.
+        first_affine: (P, 2, C).
+        second: (P, C, C), W2 of queries.
         affine: (P, 3, C).
         target_of_output: see above.
         state_s: (O, B, C, C).
@@ -134,7 +158,7 @@ def attend(
         outputs: to be written.
     """
     for pair, x in _each(features, center, slots):
-        target = _project(x, first[pair], first_bias[pair], second[pair], affine[pair])
+        target = _project(x, first[pair], first_affine[pair], second[pair], affine[pair])
         query = F.softplus(target.activation)
         for o in _outputs(target_of_output, pair):
             denominator = (state_z[o].unsqueeze(1) @ query).clamp_min(eps)
@@ -146,7 +170,7 @@ def target_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -165,13 +189,13 @@ def target_sums(
     grad_s, grad_z = torch.empty_like(state_s), torch.empty_like(state_z)
     sums = []
     for pair, x in _each(features, center, slots):
-        target = _project(x, first[pair], first_bias[pair], second[pair], affine[pair])
+        target = _project(x, first[pair], first_affine[pair], second[pair], affine[pair])
         gradient = torch.zeros_like(x)
         for o in _outputs(target_of_output, pair):
             output = _attention_backward(target, state_s[o], state_z[o], eps, grad_outputs[o])
             grad_s[o], grad_z[o] = output.state_s, output.state_z
             gradient += output.activation
-        sums.append(_sums(gradient, target.normalised))
+        sums.append(_sums(gradient, target.second))
     return grad_s, grad_z, torch.stack(sums)
 
 
@@ -180,7 +204,7 @@ def target_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -189,6 +213,7 @@ def target_gradients(
     eps: float,
     grad_outputs: Sequence[Tensor],
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums for the gradients of the query layers; adds to those of the features.
@@ -196,20 +221,21 @@ def target_gradients(
     With da as in :func:`target_sums` and (c0, c1) the `coefficients` (P, 2, C), by which batch
     statistics pass gradients on (zero for running statistics)::
 
-        e = gamma da - c0 - c1 y      da1 = (Wn^T e) [h > 0]      dx += W1^T da1
+        e = D2 da - c0 - c1 y      da1 = (W2^T e) [h > 0]      dx += W1^T diag(D1) da1
 
     Returns:
-        Sums of e h^T (P, C, C), da1 x'^T (P, C, C) and da1 (P, C) for every pair.
+        Sums of e h^T (P, C, C), da1 x'^T (P, C, C), in float64, and da1 (P, C) for every pair.
     """
     results = []
     for pair, x in _each(features, center, slots):
-        target = _project(x, first[pair], first_bias[pair], second[pair], affine[pair])
+        target = _project(x, first[pair], first_affine[pair], second[pair], affine[pair])
         gradient = torch.zeros_like(x)
         for o in _outputs(target_of_output, pair):
             output = _attention_backward(target, state_s[o], state_z[o], eps, grad_outputs[o])
             gradient += output.activation
-        layers = (first[pair], second[pair], affine[pair], coefficients[pair])
-        results.append(_layers_backward(x, target, gradient, *layers, grad_features[slots[pair]]))
+        layers = (first[pair], first_affine[pair], second[pair], affine[pair], coefficients[pair])
+        exact, grad = _exact(features, center, slots[pair]), grad_features[slots[pair]]
+        results.append(_layers_backward(exact, target, gradient, *layers, grad))
     return _stacked(results)
 
 
@@ -218,27 +244,32 @@ def source_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (P, 2, C) of da and da y for keys, and those of the value layer, da_v x'^T and da_v.
 
     With `first` to `affine` as in :func:`states`, and dS (P, B, C, C), dZ (P, B, C) of the pairs::
 
-        dk^ = dS^T v + dZ    da = dk^ softplus'(a)    da_v = (dS k^) [v > 0]    dx += Wv^T da_v
+        dk^ = dS^T v + dZ    da = dk^ softplus'(a)
+        da_v = (dS k^) [v > 0]    dx += Wv^T diag(Dv) da_v
+
+    Those of da_v x'^T are in float64.
     """
     sums, results = [], []
     for pair, x in _each(features, center, slots):
-        source = _project_source(x, first, first_bias, second, affine, pair)
+        source = _project_source(x, first, first_affine, second, affine, pair)
         gradient = _key_gradient(source, grad_s[pair], grad_z[pair])
-        sums.append(_sums(gradient, source.layers.normalised))
+        sums.append(_sums(gradient, source.layers.second))
         values = torch.where(source.values > 0, grad_s[pair] @ source.keys, 0)
-        results.append((_outer(values, x), values.sum(dim=(0, 2))))
-        _add(grad_features[slots[pair]], first[pair, 1].T @ values)
+        exact = _exact(features, center, slots[pair])
+        results.append((_outer(values.double(), exact), values.sum(dim=(0, 2))))
+        _add(grad_features[slots[pair]], _scaled(first[pair, 1], first_affine[pair, 1]).T @ values)
     product, bias = (torch.stack(parts) for parts in zip(*results, strict=True))
     return torch.stack(sums), product, bias
 
@@ -248,22 +279,24 @@ def source_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`target_gradients`, for the key layers and with da as in :func:`source_sums`."""
     results = []
     for pair, x in _each(features, center, slots):
-        source = _project_source(x, first, first_bias, second, affine, pair)
+        source = _project_source(x, first, first_affine, second, affine, pair)
         gradient = _key_gradient(source, grad_s[pair], grad_z[pair])
-        layers = (first[pair, 0], second[pair], affine[pair], coefficients[pair])
-        grad = grad_features[slots[pair]]
-        results.append(_layers_backward(x, source.layers, gradient, *layers, grad))
+        keys = (first[pair, 0], first_affine[pair, 0])
+        layers = (*keys, second[pair], affine[pair], coefficients[pair])
+        exact, grad = _exact(features, center, slots[pair]), grad_features[slots[pair]]
+        results.append(_layers_backward(exact, source.layers, gradient, *layers, grad))
     return _stacked(results)
 
 
@@ -284,7 +317,7 @@ class _Layers(NamedTuple):
     """The two layers of a query or key, (B, C, N) each."""
 
     hidden: Tensor
-    normalised: Tensor
+    second: Tensor
     activation: Tensor
 
 
@@ -303,19 +336,24 @@ class _Output(NamedTuple):
 
 
 def _project(
-    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, affine: Tensor
+    x: Tensor, first: Tensor, first_affine: Tensor, second: Tensor, affine: Tensor
 ) -> _Layers:
-    bias, gamma, beta = affine.unsqueeze(2)
-    hidden = F.relu(first @ x + first_bias[:, None])
-    normalised = second @ hidden + bias
-    return _Layers(hidden, normalised, gamma * normalised + beta)
+    bias, scale, beta = affine.unsqueeze(2)
+    hidden = _first(x, first, first_affine)
+    y = second @ hidden + bias
+    return _Layers(hidden, y, scale * y + beta)
+
+
+def _first(x: Tensor, weight: Tensor, affine: Tensor) -> Tensor:
+    scale, shift = affine.unsqueeze(2)
+    return F.relu(scale * (weight @ x) + shift)
 
 
 def _project_source(
-    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, affine: Tensor, pair: int
+    x: Tensor, first: Tensor, first_affine: Tensor, second: Tensor, affine: Tensor, pair: int
 ) -> _Source:
-    layers = _project(x, first[pair, 0], first_bias[pair, 0], second[pair], affine[pair])
-    values = F.relu(first[pair, 1] @ x + first_bias[pair, 1, :, None])
+    layers = _project(x, first[pair, 0], first_affine[pair, 0], second[pair], affine[pair])
+    values = _first(x, first[pair, 1], first_affine[pair, 1])
     return _Source(layers, F.softplus(layers.activation), values)
 
 
@@ -346,16 +384,22 @@ def _layers_backward(
     layers: _Layers,
     gradient: Tensor,
     first: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     coefficients: Tensor,
     grad_features: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     constant, slope = coefficients.unsqueeze(2)
-    e = affine[1, :, None] * gradient - constant - slope * layers.normalised
+    e = affine[1, :, None] * gradient - constant - slope * layers.second
     before = torch.where(layers.hidden > 0, second.T @ e, 0)
-    _add(grad_features, first.T @ before)
-    return _outer(e, layers.hidden), _outer(before, x), before.sum(dim=(0, 2))
+    _add(grad_features, _scaled(first, first_affine).T @ before)
+    products = _outer(e, layers.hidden), _outer(before.double(), x)
+    return *products, before.sum(dim=(0, 2))
+
+
+def _scaled(weight: Tensor, affine: Tensor) -> Tensor:
+    return affine[0, :, None] * weight
 
 
 def _slope(x: Tensor) -> Tensor:
@@ -363,8 +407,22 @@ def _slope(x: Tensor) -> Tensor:
     return torch.where(x > THRESHOLD, 1, torch.sigmoid(x))
 
 
-def _sums(gradient: Tensor, normalised: Tensor) -> Tensor:
-    return torch.stack([gradient.sum(dim=(0, 2)), (gradient * normalised).sum(dim=(0, 2))])
+def _sums(gradient: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([gradient.sum(dim=(0, 2)), (gradient * y).sum(dim=(0, 2))])
+
+
+def _moments(products: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    means, deviations = [], []
+    for y in products:
+        y = y.double()
+        means.append(y.sum(dim=(0, 2)) / _tokens(y))
+        deviations.append((y - means[-1][:, None]).square().sum(dim=(0, 2)))
+    return torch.stack(means), torch.stack(deviations)
+
+
+def _tokens(x: Tensor) -> int:
+    """The number of (sample, token), at least one."""
+    return max(x.size(0) * x.size(2), 1)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -391,6 +449,11 @@ def _each(
 
 def _centred(features: Sequence[Tensor], center: Tensor, slot: int) -> Tensor:
     return features[slot].to(center.dtype) - center[slot, :, None]
+
+
+def _exact(features: Sequence[Tensor], center: Tensor, slot: int) -> Tensor:
+    """x' in float64."""
+    return features[slot].double() - center[slot, :, None].double()
 
 
 def _outputs(target_of_output: Sequence[int], pair: int) -> list[int]:

@@ -40,7 +40,7 @@ def refusals(problem: Problem) -> list[str]:
 
 
 def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Means (S, C) and deviations (S, C, C)."""
+    """Means (S, C) and deviations (S, C, C), computed in float32."""
     call = Call(features, range(len(features)))
     if not is_fused("moments", call.channels, call.dot):
         return reference.moments(features)
@@ -58,21 +58,34 @@ def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             BN=tiles.tokens,
             warps=tiles.warps,
         )
-        return call.merge(chunks)
+        mean, deviations = call.merge(chunks)
+        return mean.double(), deviations.double()
+
+
+def first_moments(
+    features: Sequence[Tensor],
+    center: Tensor,
+    slots: Sequence[int],
+    weight: Tensor,
+    precise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nothing is measured."""
+    mean, deviations = (weight.new_zeros(weight.shape[:2], dtype=torch.float64) for _ in range(2))
+    return mean, deviations, mean.new_zeros(len(slots))
 
 
 def hidden_moments(
     features: Sequence[Tensor],
     center: Tensor,
     slots: Sequence[int],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
+    first: Tensor,
+    first_affine: Tensor,
+    second: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Means and squared deviations (P, C) of the second layer."""
+    """Means and squared deviations (P, C) of the second layer, computed in float32."""
     call = Call(features, slots)
     if not is_fused("hidden_moments", call.channels, call.dot):
-        return reference.hidden_moments(features, center, slots, weight1, bias1, weight2)
+        return reference.hidden_moments(features, center, slots, first, first_affine, second)
     tiles = tiles_of("hidden_moments", call.channels, call.dot)
     chunks = call.chunks(1)
     with call.running():
@@ -82,9 +95,8 @@ def hidden_moments(
             hidden_kernel,
             chunks,
             center,
-            call.operand(weight1),
-            bias1,
-            call.operand(weight2),
+            *_first(call, first, first_affine),
+            call.operand(second),
             chunks.sums,
             call.rows,
             call.pairs,
@@ -93,7 +105,7 @@ def hidden_moments(
             warps=tiles.warps,
         )
         mean, deviations = call.merge(chunks)
-        return mean, deviations.squeeze(1)
+        return mean.double(), deviations.squeeze(1).double()
 
 
 def states(
@@ -101,14 +113,14 @@ def states(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """S (P, B, C, C) and Z (P, B, C)."""
     call = Call(features, slots)
     if not is_fused("states", call.channels, call.dot):
-        return reference.states(features, center, slots, first, first_bias, second, affine)
+        return reference.states(features, center, slots, first, first_affine, second, affine)
     tiles = tiles_of("states", call.channels, call.dot)
     chunks = call.chunks(call.channels)
     each = call.each()
@@ -118,7 +130,7 @@ def states(
         call.launch(
             state_kernel,
             chunks,
-            *_layers(call, center, first, first_bias, second, affine),
+            *_layers(call, center, first, first_affine, second, affine),
             chunks.sums,
             call.rows,
             call.pairs,
@@ -135,7 +147,7 @@ def attend(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -148,7 +160,7 @@ def attend(
     call = Call(features, slots)
     if not is_fused("attend", call.channels, call.dot):
         reference.attend(
-            features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
+            features, center, slots, first, first_affine, second, affine, target_of_output, state_s,
             state_z, eps, outputs,
         )  # fmt: skip
         return
@@ -163,7 +175,7 @@ def attend(
             attend_kernel,
             steps * call.batch * len(slots),
             call.device_table,
-            *_layers(call, center, first, first_bias, second, affine),
+            *_layers(call, center, first, first_affine, second, affine),
             call.operand(state_s),
             state_z,
             call.rows,
@@ -188,7 +200,7 @@ def target_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -201,7 +213,7 @@ def target_sums(
     call = Call(features, [slots[pair] for pair in target_of_output])
     if not is_fused("target_sums", call.channels, call.dot):
         return reference.target_sums(
-            features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
+            features, center, slots, first, first_affine, second, affine, target_of_output, state_s,
             state_z, eps, grad_outputs,
         )  # fmt: skip
     count = len(target_of_output)
@@ -220,7 +232,7 @@ def target_sums(
         call.launch(
             target_sums_kernel,
             chunks,
-            *_layers(call, center, first, first_bias, second, affine),
+            *_layers(call, center, first, first_affine, second, affine),
             call.operand(about_mean),
             state_z,
             mean,
@@ -244,7 +256,7 @@ def target_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     target_of_output: Sequence[int],
@@ -253,14 +265,15 @@ def target_gradients(
     eps: float,
     grad_outputs: Sequence[Tensor],
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums for the query layers (P, C, C), (P, C, C), (P, C); adds to `grad_features`."""
     call = Call(features, slots)
     if not is_fused("target_gradients", call.channels, call.dot):
         return reference.target_gradients(
-            features, center, slots, first, first_bias, second, affine, target_of_output, state_s,
-            state_z, eps, grad_outputs, coefficients, grad_features,
+            features, center, slots, first, first_affine, second, affine, target_of_output, state_s,
+            state_z, eps, grad_outputs, coefficients, precise, grad_features,
         )  # fmt: skip
     lists = call.table.add_lists(_outputs_of(target_of_output, len(slots)))
     gradient_rows = call.table.add_slots(grad_outputs)
@@ -269,7 +282,7 @@ def target_gradients(
     return _gradients(
         call,
         (
-            *_layers(call, center, first, first_bias, second, affine),
+            *_layers(call, center, first, first_affine, second, affine),
             call.operand(about_mean),
             state_z,
             mean,
@@ -287,19 +300,20 @@ def source_sums(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (P, 2, C), and those for the value layer (P, C, C), (P, C); adds to `grad_features`."""
     call = Call(features, slots)
     if not is_fused("source_sums", call.channels, call.dot):
         return reference.source_sums(
-            features, center, slots, first, first_bias, second, affine, grad_s, grad_z,
-            grad_features,
+            features, center, slots, first, first_affine, second, affine, grad_s, grad_z,
+            precise, grad_features,
         )  # fmt: skip
     each = call.each()
     chunks, sums = call.chunks(call.channels), call.chunks(1)
@@ -310,7 +324,7 @@ def source_sums(
         from xattn_kernels.triton.training_gradient_kernels import value_gradient_kernel
         from xattn_kernels.triton.training_sums_kernels import key_sums_kernel
 
-        layers = _layers(call, center, first, first_bias, second, affine)
+        layers = _layers(call, center, first, first_affine, second, affine)
         states = call.operand(grad_s)
         tiles = tiles_of("key_sums", call.channels, call.dot)
         call.launch(
@@ -328,7 +342,7 @@ def source_sums(
         )
         launches.run(value_gradient_kernel, *layers, states, chunks.sums, call.rows)
         product, bias = call.reduce(chunks, each, len(slots))
-        return call.total(sums, each, len(slots)), product.sum(1), bias.sum(1)
+        return call.total(sums, each, len(slots)), product.sum(1).double(), bias.sum(1)
 
 
 def source_gradients(
@@ -336,25 +350,26 @@ def source_gradients(
     center: Tensor,
     slots: Sequence[int],
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
     coefficients: Tensor,
+    precise: Tensor,
     grad_features: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as :func:`target_gradients` for the key layers."""
     call = Call(features, slots)
     if not is_fused("source_gradients", call.channels, call.dot):
         return reference.source_gradients(
-            features, center, slots, first, first_bias, second, affine, grad_s, grad_z,
-            coefficients, grad_features,
+            features, center, slots, first, first_affine, second, affine, grad_s, grad_z,
+            coefficients, precise, grad_features,
         )  # fmt: skip
     return _gradients(
         call,
         (
-            *_layers(call, center, first, first_bias, second, affine),
+            *_layers(call, center, first, first_affine, second, affine),
             call.operand(grad_s),
             grad_z,
             grad_z,
@@ -431,18 +446,24 @@ def _gradients(
         )
         products, bias = call.reduce(chunks, each, pairs)
         second, first = products.sum(1).view(pairs, 2, channels, channels).unbind(1)
-        return second.mT.contiguous(), first.contiguous(), bias.sum(1)
+        return second.mT.contiguous(), first.double(), bias.sum(1)
 
 
 def _layers(
     call: Call,
     center: Tensor,
     first: Tensor,
-    first_bias: Tensor,
+    first_affine: Tensor,
     second: Tensor,
     affine: Tensor,
 ) -> _Layers:
-    return center, call.operand(first), first_bias, call.operand(second), affine
+    return center, *_first(call, first, first_affine), call.operand(second), affine
+
+
+def _first(call: Call, weight: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of first layers folded into their weights, and their shift."""
+    scale, shift = affine.unbind(-2)
+    return call.operand(scale.unsqueeze(-1) * weight), shift.contiguous()
 
 
 def _rows(tiles: Tiles) -> dict[str, int]:
