@@ -11,7 +11,8 @@ from torch import Tensor
 
 from xattn_kernels.cost import MapSize, attention_cost
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
-from xattn_kernels.functional.block import attend_packed, fold_block_weights
+from xattn_kernels.functional.block import attend_packed
+from xattn_kernels.modules.attend import pack_projections
 from xattn_kernels.ops import native
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
@@ -114,7 +115,9 @@ def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> d
         calls[COMPILED] = torch.no_grad()(lambda: compiled(features))
     calls[FUSED] = _fused(features, weight, bias)
     layers = model.layers()
-    calls[FOLDING] = lambda: attend_packed(features, _folded(layers, features[0].dtype), SCHEDULE)
+    calls[FOLDING] = torch.no_grad()(
+        lambda: attend_packed(features, pack_projections(layers, features[0].dtype), SCHEDULE)
+    )
 
     def by_module(xs: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -134,19 +137,6 @@ def _calls(scale: Scale, wanted: Sequence[str], say: Callable[[str], None]) -> d
 def _fused(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:
     packed = pack_block_weights(weight, bias, features[0].dtype)
     return lambda: cross_attention_block(features, weight, bias, SCHEDULE, packed=packed)
-
-
-def _folded(layers: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    norms = [layer.bn for layer in layers]
-    return fold_block_weights(
-        [layer.conv.weight for layer in layers],
-        [bn.weight for bn in norms],
-        [bn.bias for bn in norms],
-        [bn.running_mean for bn in norms],
-        [bn.running_var for bn in norms],
-        norms[0].eps,
-        dtype,
-    )
 
 
 def _bf16(scale: Scale, features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Call:

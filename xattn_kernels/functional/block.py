@@ -198,7 +198,7 @@ def fold_block_weights(
 
             packed = reference.fold(weight, gamma, beta, mean, var, bn_eps, dtype)
         else:
-            packed = block_op.fold_op(weight, gamma, beta, mean, var, bn_eps, dtype, engine)
+            packed = block_op.fold(weight, gamma, beta, mean, var, bn_eps, dtype, engine)
     return packed
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -236,14 +236,23 @@ def attend_folded(
     The folded weights are frozen with `owner`, under `name`.
     """
     dtype = features[0].dtype
-    norms = [p.bn for block in _projecting(blocks) for p in block.projections()]
-
-    def fold() -> Tensor:
-        weights = [p.conv.weight for block in _projecting(blocks) for p in block.projections()]
-        vectors = zip(*(normalisation.affine_tensors(bn) for bn in norms), strict=True)
-        gamma, beta, mean, var = map(list, vectors)
-        return fold_block_weights(weights, gamma, beta, mean, var, norms[0].eps, dtype)
-
+    projections = [p for block in _projecting(blocks) for p in block.projections()]
+    key = (name, dtype, projections[0].bn.eps, current_backend())
     with no_autocast(features[0].device.type):
-        packed = owner.derived((name, dtype, norms[0].eps, current_backend()), fold)
+        packed = owner.derived(key, lambda: pack_projections(projections, dtype))
         return attend_packed(features, packed, wiring.schedule, out)
+
+
+def pack_projections(projections: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """What `functional.block.attend_packed` takes for features of `dtype`.
+
+    Args:
+        projections: 1x1 convolutions `conv` with batch norms `bn` in inference, five for every set
+            of weights.
+        dtype: of the features.
+    """
+    layers = [(p._modules["conv"], p._modules["bn"]) for p in projections]
+    weights = [normalisation.tensor_of(conv, "weight") for conv, _ in layers]
+    vectors = zip(*(normalisation.affine_tensors(bn) for _, bn in layers), strict=True)
+    gamma, beta, mean, var = map(list, vectors)
+    return fold_block_weights(weights, gamma, beta, mean, var, layers[0][1].eps, dtype)

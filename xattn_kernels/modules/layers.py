@@ -66,11 +66,12 @@ class FoldedBlock(NamedTuple):
         residual += x if self.shortcut is None else F.conv2d(x, self.shortcut)
         return residual.relu_()
 
-    def to(self, dtype: torch.dtype) -> FoldedBlock:
-        """In `dtype`, the weights in the memory format in which convolutions take them fastest."""
-        last = torch.channels_last
-        conv1, conv2 = (w.to(dtype, memory_format=last) for w in (self.conv1, self.conv2))
-        shortcut = None if self.shortcut is None else self.shortcut.to(dtype, memory_format=last)
+    def to(self, dtype: torch.dtype, memory_format: torch.memory_format) -> FoldedBlock:
+        """In `dtype`, the weights in this memory format."""
+        conv1, conv2 = (w.to(dtype, memory_format=memory_format) for w in (self.conv1, self.conv2))
+        shortcut = self.shortcut
+        if shortcut is not None:
+            shortcut = shortcut.to(dtype, memory_format=memory_format)
         return FoldedBlock(conv1, self.bias1.to(dtype), conv2, self.bias2.to(dtype), shortcut)
 
 
@@ -116,7 +117,7 @@ class BasicBlock(Freezable):
             return self.over_processes([x])[0]
         if (stock or observed) and normalisation.is_inference([self], [x]):
             x = in_order(cast_for_autocast(x), CHANNELS_LAST)
-            if stock:
+            if stock and self._pays_to_fold(x):
                 with no_autocast(x.device.type):
                     return self.folded("block", x.dtype)(x)
         x = with_plain_gradient(x)
@@ -124,6 +125,10 @@ class BasicBlock(Freezable):
         residual = self.bn2(self.conv2(hidden))
         residual += x if self.downsample is None else self.downsample(x)
         return F.relu(residual, inplace=True)
+
+    def _pays_to_fold(self, x: Tensor) -> bool:
+        """Whether folding takes less than batch norms: once, or of fewer weights than outputs."""
+        return self._frozen is not None or self.conv1.weight.numel() <= x.numel()
 
     def over_processes(
         self,
@@ -161,6 +166,8 @@ class BasicBlock(Freezable):
         change: Callable[[FoldedBlock], FoldedBlock] = lambda folded: folded,
     ) -> FoldedBlock:
         """The folded block in `dtype` after `change`; frozen under `name`. Needs `is_stock`."""
+        # Convolutions take weights in channels_last fastest, but to bring them there takes longer.
+        layout = torch.preserve_format if self._frozen is None else torch.channels_last
         pairs: list[tuple[nn.Conv2d, BatchNorm]]
         pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
         if self.downsample is not None:
@@ -170,8 +177,8 @@ class BasicBlock(Freezable):
             layers = [normalisation.fold(c, bn, ACCUMULATORS[dtype]) for c, bn in pairs]
             (w1, b1), (w2, b2), *rest = layers
             for w3, b3 in rest:
-                return change(FoldedBlock(w1, b1, w2, b2 + b3, w3)).to(dtype)
-            return change(FoldedBlock(w1, b1, w2, b2, None)).to(dtype)
+                return change(FoldedBlock(w1, b1, w2, b2 + b3, w3)).to(dtype, layout)
+            return change(FoldedBlock(w1, b1, w2, b2, None)).to(dtype, layout)
 
         return self.derived((name, dtype), make)
 

@@ -97,9 +97,16 @@ def fold(convolution: nn.Conv2d, norm: BatchNorm, dtype: torch.dtype) -> tuple[T
 
 def affine_tensors(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight, bias, running mean and running variance of a norm that has all of them."""
-    found = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    assert all(x is not None for x in found)
-    return found  # type: ignore[return-value]
+    gamma, beta = tensor_of(norm, "weight"), tensor_of(norm, "bias")
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
+    assert mean is not None and var is not None
+    return gamma, beta, mean, var
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module or a replica; several times as fast as asking for the attribute."""
+    x: Tensor | None = module._parameters.get(name)
+    return getattr(module, name) if x is None else x
 
 
 def check_size(x: Tensor) -> None:

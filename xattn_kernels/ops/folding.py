@@ -64,4 +64,5 @@ def fold_projections(
 
 
 def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack(list(tensors)).to(dtype)
+    stacked = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    return stacked.to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.ops.features import ACCUMULATORS, describe
-from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, pointer, views
+from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, views
 from xattn_kernels.registry import Problem
 
 _core = core()
@@ -55,22 +55,29 @@ def _pack(
 ) -> Tensor:
     accumulator, like = ACCUMULATORS[dtype], beta[0]
     channels = like.size(0)
-    layers = []  # held until the call returns
-    for matrix, *vectors in zip(weight, gamma, beta, mean, var, strict=True):
-        wrong = [x for x in vectors if x is not None and x.numel() != channels]
-        if wrong or matrix.numel() != channels**2:
-            raise ValueError(
-                f"layers: got {describe(wrong[0] if wrong else matrix)}, expected {channels} "
-                "channels as the first layer has"
-            )
-        layers.append(
-            [None if x is None else x.to(accumulator).contiguous() for x in (matrix, *vectors)]
-        )
-    packed = like.new_empty(packed_bytes(dtype, channels, len(layers) // 5), dtype=torch.uint8)
+    addresses, held = [], []  # copies are held until the call returns
+    for layer in zip(weight, gamma, beta, mean, var, strict=True):
+        size, row = channels**2, []
+        for x in layer:
+            if x is None:
+                row.append(0)
+                continue
+            if x.numel() != size:
+                raise ValueError(
+                    f"layers: got {describe(x)}, expected {channels} channels as the first has"
+                )
+            size = channels
+            # Asked first: five tensors of every projection come here in every call.
+            if not (x.dtype is accumulator and x.is_contiguous()) or x.is_neg():
+                x = x.to(accumulator).contiguous().resolve_neg()
+                held.append(x)
+            row.append(x.data_ptr())
+        addresses.append(row)
+    packed = like.new_empty(packed_bytes(dtype, channels, len(addresses) // 5), dtype=torch.uint8)
     _core.block_pack(
         DTYPE_CODES[dtype],
         channels,
-        [[pointer(x) for x in layer] for layer in layers],
+        addresses,
         bn_eps,
         packed.data_ptr(),
         torch.get_num_threads(),
