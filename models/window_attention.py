@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from xattn_kernels.modules.layers import is_stock, keeps_size
 from xattn_kernels.ops.autocast import autocast_dtype
-from xattn_kernels.ops.tracing import is_observed
+from xattn_kernels.ops.tracing import is_observed, is_recorded
 
 from .timm_compat import import_timm
 
@@ -98,8 +97,8 @@ class WindowBlock(nn.Module):
         self.norm2 = UnusedNorm(channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        plan = windows(tokens.shape[0], tokens.shape[1], tokens.shape[2], self.shift, tokens.device)
-        result = self.norm2(tokens + self.drop_path(self.attn(self.norm1(tokens), plan)))
+        attended = self.attn(self.norm1(tokens), self.shift)
+        result = self.norm2(tokens + self.drop_path(attended))
         assert isinstance(result, Tensor)
         return result
 
@@ -149,40 +148,66 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, tokens: Tensor, plan: Windows) -> Tensor:
+    def forward(self, tokens: Tensor, shift: int) -> Tensor:
         """Attend.
 
         Args:
             tokens: (B, H, W, C).
-            plan: their windows.
+            shift: by how many tokens the windows lie further right and below.
 
         Returns:
             (B, H, W, C).
         """
-        rows = pointwise(self.qkv, tokens).flatten(0, 2)
-        gathered = F.embedding(plan.members, rows)
-        if plan.padding is not None:
-            # What the projection makes of the zeros that the map is padded with.
-            zero = rows.new_zeros(()) if self.qkv.bias is None else self.qkv.bias
-            gathered.flatten(0, 1)[plan.padding] = zero.to(rows.dtype)
+        batch, height, width, _ = tokens.shape
+        rows, columns = (height + WINDOW - 1) // WINDOW, (width + WINDOW - 1) // WINDOW
+        below, right = rows * WINDOW - height, columns * WINDOW - width
+        # A graph is to serve maps with and without whole windows.
+        if is_recorded() or below or right:
+            tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
+        rolled = torch.roll(tokens, (-shift, -shift), (1, 2)) if shift else tokens
+        parts = rolled.view(batch, rows, WINDOW, columns, WINDOW, -1).transpose(2, 3)
+        parts = parts.reshape(batch, rows * columns, WINDOW**2, -1)
+
+        projected = pointwise(self.qkv, parts).unflatten(3, (3, self.heads, -1))
+        query, key, value = projected.permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        attended = []
-        for part, apart in zip(gathered.split(plan.counts), plan.apart, strict=True):
-            query, key, value = part.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            added = bias if apart is None else bias + apart.to(bias.dtype) * MASK
-            y = _attend(query, key, value, added.unsqueeze(0).to(query.dtype))
-            attended.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
-        joined = attended[0] if len(attended) == 1 else torch.cat(attended)
-        return pointwise(self.proj, F.embedding(plan.places, joined))
+        border = Border.of(rows, columns, shift, query) if shift else None
+        attended = _attend(query, key, value, bias.to(query.dtype), border)
+
+        parts = attended.transpose(2, 3).reshape(batch, rows, columns, WINDOW, WINDOW, -1)
+        rolled = parts.transpose(2, 3).reshape(*tokens.shape)
+        padded = torch.roll(rolled, (shift, shift), (1, 2)) if shift else rolled
+        return pointwise(self.proj, padded[:, :height, :width])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(d) + added) value: (N, heads, 49, d), added (1, heads, 49, 49)."""
-    if not _is_faster_explicit(query):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=added)
-    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-    attended: Tensor = scores.add_(added).softmax(dim=3) @ value
-    return attended
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, border: Border | None
+) -> Tensor:
+    """softmax(query key^T / sqrt(d) + bias + border) value of every window.
+
+    Args:
+        query: (B, N, heads, 49, d); `key` and `value` alike.
+        bias: (heads, 49, 49).
+        border: what is added beyond that, for the windows at the border.
+
+    Returns:
+        (B, N, heads, 49, d).
+    """
+    if _is_faster_explicit(query):
+        scores = ((query * query.shape[4] ** -0.5) @ key.transpose(3, 4)).add_(bias)
+        if border is not None:
+            added = border.added[:, None].expand(*query.shape[:1], -1, *bias.shape)
+            scores.index_add_(1, border.windows, added)
+        attended: Tensor = scores.softmax(dim=4) @ value
+        return attended
+    if border is not None:
+        added = bias.new_zeros(query.shape[1], 1, *bias.shape[1:])
+        bias = bias + added.index_copy(0, border.windows, border.added[:, None])
+    windows = query.shape[:2]  # Torch's fused kernels take four dimensions.
+    bias = bias.expand(*query.shape[:3], -1, -1).flatten(0, 1)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    fused = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return fused.view(*windows, *fused.shape[1:])
 
 
 def _is_faster_explicit(x: Tensor) -> bool:
@@ -194,60 +219,33 @@ def _is_faster_explicit(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
-class Windows(NamedTuple):
-    """Which tokens of a map (B, H, W) are in which window, the windows ordered by kind.
+class Border(NamedTuple):
+    """Windows that a cyclic shift made of tokens that were no neighbours, and their mask."""
 
-    Windows of one kind have the same mask: after the cyclic shift, those at the right, at the
-    bottom and in the corner hold tokens that were no neighbours.
-    """
+    windows: Tensor
+    """Their numbers, row by row: (rows + columns - 1)."""
+    added: Tensor
+    """To the scores: `MASK` between tokens that were no neighbours, 0 else; (..., 49, 49)."""
 
-    members: Tensor
-    """The tokens' numbers in each window, (N, 49); any for padding."""
-    padding: Tensor | None
-    """Where in `members`, flattened, the padding is."""
-    counts: list[int]
-    """Windows of each kind."""
-    apart: list[Tensor | None]
-    """Per kind, which tokens were no neighbours: (49, 49), bool."""
-    places: Tensor
-    """Where every token is in `members`, flattened: (B, H, W)."""
+    @classmethod
+    def of(cls, rows: int, columns: int, shift: int, x: Tensor) -> Border:
+        """Those of rows x columns windows: the last row and the last column.
 
-
-def windows(batch: int, height: int, width: int, shift: int, device: torch.device) -> Windows:
-    """The windows of a map after a cyclic shift up and left."""
-    right, below = -width % WINDOW, -height % WINDOW
-    shapes = ((batch, height, width), (batch, height, right), (batch, below, width + right))
-    sizes = [math.prod(shape) for shape in shapes]
-    numbers = torch.arange(sum(sizes), device=device)
-    tokens, *padding = (part.view(s) for part, s in zip(numbers.split(sizes), shapes, strict=True))
-    padded = torch.cat([torch.cat([tokens, padding[0]], dim=2), padding[1]], dim=1)
-    rolled = torch.roll(padded, (-shift, -shift), (1, 2))
-    grid = rolled.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
-    grid = grid.flatten(3)  # (B, rows of windows, columns of windows, 49)
-    wrapped = (torch.arange(WINDOW, device=device) >= WINDOW - shift).int()
-    at_right, at_bottom = (
-        side[:, None] != side
-        for side in (wrapped.repeat(WINDOW), wrapped.repeat_interleave(WINDOW))
-    )
-    kinds: list[tuple[Tensor, Tensor | None]] = [(grid, None)]
-    if shift:
-        kinds = [
-            (grid[:, :-1, :-1], None),
-            (grid[:, :-1, -1:], at_right),
-            (grid[:, -1:, :-1], at_bottom),
-            (grid[:, -1:, -1:], at_right | at_bottom),
-        ]
-    kinds = [(part.reshape(-1, WINDOW**2), apart) for part, apart in kinds if part.numel()]
-    members = torch.cat([part for part, _ in kinds])
-    places = torch.empty_like(numbers)
-    places[members.flatten()] = numbers
-    return Windows(
-        members.clamp_max(sizes[0] - 1),
-        places[sizes[0] :] if right or below else None,
-        [part.shape[0] for part, _ in kinds],
-        [apart for _, apart in kinds],
-        places[: sizes[0]].view(batch, height, width),
-    )
+        The result has the dtype and the device of `x`.
+        """
+        wrapped = (torch.arange(WINDOW, device=x.device) >= WINDOW - shift).int()
+        below, right = (
+            side[:, None] != side
+            for side in (wrapped.repeat_interleave(WINDOW), wrapped.repeat(WINDOW))
+        )
+        # From the top of the last column down, then the last row with the corner at its end.
+        count = rows + columns - 1
+        steps = torch.arange(count, device=x.device)
+        above = steps < rows - 1
+        windows = torch.where(above, (steps + 1) * columns - 1, steps - count + rows * columns)
+        in_column, in_row = above | (steps == count - 1), ~above
+        apart = in_column[:, None, None] & right | in_row[:, None, None] & below
+        return cls(windows, MASK * apart.to(x.dtype))
 
 
 def relative_positions() -> Tensor:

@@ -9,12 +9,13 @@ from torch import nn
 
 from xattn_models import op_by_op, window_attention
 from xattn_models.window_attention import (
+    MASK,
     WINDOW,
+    Border,
     WindowBlock,
     WindowTransformer,
     heads_for,
     pointwise,
-    windows,
 )
 
 SIZES = [(1, 1), (7, 7), (7, 14), (3, 20), (10, 13), (15, 8), (14, 21)]
@@ -54,43 +55,19 @@ def test_as_op_by_op(
         assert (actual - expected).norm() <= 1e-11 * expected.norm() + 1e-11
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shift", [0, 3])
-def test_windows(size: tuple[int, int], shift: int) -> None:
-    """Every token is in one window, where `places` says; tokens that touch are not apart."""
-    height, width = size
-    plan = windows(2, height, width, shift, torch.device("cpu"))
-    count = 2 * height * width
-    real = torch.ones(plan.members.numel(), dtype=torch.bool)
-    if plan.padding is not None:
-        real[plan.padding] = False
-    assert (plan.padding is None) == (not height % WINDOW and not width % WINDOW)
-    assert real.sum() == count
-    assert torch.equal(plan.members.flatten()[plan.places.flatten()], torch.arange(count))
-    assert real[plan.places].all()
-    real = real.view_as(plan.members)
-    parts = zip(plan.members.split(plan.counts), real.split(plan.counts), strict=True)
-    for (part, inside), apart in zip(parts, plan.apart, strict=True):
-        y, x = part % (height * width) // width, part % width
-        pairs = inside.unsqueeze(1) & inside.unsqueeze(2)
-        near = (y[:, :, None] - y[:, None]).abs() < WINDOW
-        near &= (x[:, :, None] - x[:, None]).abs() < WINDOW
-        allowed = torch.ones(49, 49, dtype=torch.bool) if apart is None else ~apart
-        if min(size) > WINDOW:
-            assert torch.equal(pairs & allowed, pairs & near)
-        sample = part // (height * width)
-        assert torch.equal(pairs & (sample.unsqueeze(1) != sample.unsqueeze(2)), pairs & False)
-
-
-def test_windows_are_kept_by_size_and_refreshed() -> None:
-    """Also after a first call in inference mode, whose tensors cannot be saved for a backward."""
-    ours, theirs = pair()
-    for size in ((10, 13), (8, 8), (10, 13)):
-        x = torch.randn(1, 12, *size, dtype=torch.float64)
-        with torch.inference_mode():
-            torch.testing.assert_close(ours(x).clone(), theirs(x)[0].clone())
-        ours(x.requires_grad_()).sum().backward()
-        assert x.grad is not None
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (2, 3), (4, 2)])
+def test_border(rows: int, columns: int) -> None:
+    """After a cyclic shift tokens of a window are apart where the map had them a window apart."""
+    height, width = rows * WINDOW, columns * WINDOW
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    shifted = [torch.roll(place, (-3, -3), (0, 1)) for place in (y, x)]
+    places = [place.view(rows, WINDOW, columns, WINDOW).transpose(1, 2) for place in shifted]
+    y, x = (place.reshape(rows * columns, WINDOW**2) for place in places)
+    far = (y[:, :, None] - y[:, None]).abs() >= WINDOW
+    far |= (x[:, :, None] - x[:, None]).abs() >= WINDOW
+    border = Border.of(rows, columns, 3, torch.empty(()))
+    added = torch.zeros(far.shape).index_copy_(0, border.windows, border.added)
+    assert torch.equal(added, MASK * far)
 
 
 def test_one_sample_of_a_batch_is_skipped() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xattn_kernels.distributed import rows_of
 from xattn_kernels.modules import normalisation
-from xattn_kernels.modules.layers import BasicBlock, FoldedBlock, is_stock, sum_repeats
+from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
 from xattn_kernels.modules.normalisation import BatchNorm
 from xattn_kernels.ops.tracing import is_observed, is_recorded
 
@@ -79,18 +79,11 @@ class FusionInputs:
 
     def fuse(self, block: BasicBlock) -> list[Tensor]:
         """The block's output for every target. Needs `is_stock` and inference."""
-        fused: list[Tensor] = []
-        for buffer, count in self._buffers:
-            fused += block.folded("fuse", buffer.dtype, _without_repeats)(buffer).chunk(count)
-        return fused
-
-
-def _without_repeats(folded: FoldedBlock) -> FoldedBlock:
-    assert folded.shortcut is not None
-    channels = folded.conv1.shape[0]
-    return folded._replace(
-        conv1=sum_repeats(folded.conv1, channels), shortcut=sum_repeats(folded.shortcut, channels)
-    )
+        channels = self.places[0].shape[1]
+        folded = block.folded(
+            "fuse", self.places[0].dtype, lambda weight: sum_repeats(weight, channels)
+        )
+        return [y for buffer, count in self._buffers for y in folded(buffer).chunk(count)]
 
 
 def _normalise(bn: BatchNorm, x: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from xattn_kernels.modules.normalisation import BatchNorm, normalise
 from xattn_kernels.modules.rows import convolve3x3
 from xattn_kernels.ops.autocast import cast_for_autocast, no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, with_plain_gradient
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, memory_order, with_plain_gradient
 from xattn_kernels.ops.tracing import is_observed
 
 
@@ -163,22 +163,27 @@ class BasicBlock(Freezable):
         self,
         name: str,
         dtype: torch.dtype,
-        change: Callable[[FoldedBlock], FoldedBlock] = lambda folded: folded,
+        change: Callable[[Tensor], Tensor] = lambda weight: weight,
     ) -> FoldedBlock:
-        """The folded block in `dtype` after `change`; frozen under `name`. Needs `is_stock`."""
+        """The folded block in `dtype`; frozen under `name`. Needs `is_stock`.
+
+        Args:
+            name: for what it is frozen.
+            dtype: of the result.
+            change: of the weights of the convolutions that read the input.
+        """
         # Convolutions take weights in channels_last fastest, but to bring them there takes longer.
         layout = torch.preserve_format if self._frozen is None else torch.channels_last
-        pairs: list[tuple[nn.Conv2d, BatchNorm]]
-        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        if self.downsample is not None:
-            pairs.append(self.projected_shortcut())
+        work = ACCUMULATORS[dtype]
 
         def make() -> FoldedBlock:
-            layers = [normalisation.fold(c, bn, ACCUMULATORS[dtype]) for c, bn in pairs]
-            (w1, b1), (w2, b2), *rest = layers
-            for w3, b3 in rest:
-                return change(FoldedBlock(w1, b1, w2, b2 + b3, w3)).to(dtype, layout)
-            return change(FoldedBlock(w1, b1, w2, b2, None)).to(dtype, layout)
+            w1, b1 = normalisation.fold(self.conv1, self.bn1, work, change)
+            w2, b2 = normalisation.fold(self.conv2, self.bn2, work)
+            w3 = None
+            if self.downsample is not None:
+                w3, b3 = normalisation.fold(*self.projected_shortcut(), work, change)
+                b2 = b2 + b3
+            return FoldedBlock(w1, b1, w2, b2, w3).to(dtype, layout)
 
         return self.derived((name, dtype), make)
 
@@ -316,5 +321,10 @@ def sum_repeats(weight: Tensor, channels: int) -> Tensor:
     All parts have `channels` channels. A convolution is linear in its input: those of the repeats
     of x add up.
     """
+    # The inputs of a weight in channels_last lie together: those are added as they lie.
+    if weight.dim() == 4 and memory_order(weight) == CHANNELS_LAST:
+        parts = weight.permute(0, 2, 3, 1).unflatten(3, (-1, 2, channels))
+        own, others = parts[..., 0, :].sum(dim=3), parts[..., 1, :].flatten(3)
+        return torch.cat([own, others], dim=3).permute(0, 3, 1, 2)
     parts = weight.unflatten(1, (-1, 2, channels))
     return torch.cat([parts[:, :, 0].sum(dim=1), parts[:, :, 1].flatten(1, 2)], dim=1)

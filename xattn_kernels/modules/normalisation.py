@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from xattn_kernels import distributed
 from xattn_kernels.distributed import Reduction
-from xattn_kernels.ops import folding
 from xattn_kernels.ops.features import ACCUMULATORS
 from xattn_kernels.ops.library import forbid_double_backward
 from xattn_kernels.ops.tracing import is_observed
@@ -81,18 +80,29 @@ def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> boo
     return True
 
 
-def fold(convolution: nn.Conv2d, norm: BatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold(
+    convolution: nn.Conv2d,
+    norm: BatchNorm,
+    dtype: torch.dtype,
+    change: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> tuple[Tensor, Tensor]:
     """A convolution and a norm with running statistics behind it as one affine map.
+
+    Args:
+        convolution: of any size.
+        norm: what follows it.
+        dtype: of the results.
+        change: of the weight's inputs, before it is scaled.
 
     Returns:
         Weight (C_out, C_in, kH, kW) and bias (C_out) in `dtype`.
     """
-    gamma, beta, mean, var = affine_tensors(norm)
-    bias = () if convolution.bias is None else (convolution.bias,)
-    weight, shift = folding.fold(
-        (convolution.weight,), (gamma,), (beta,), (mean,), (var,), norm.eps, dtype, bias
-    )
-    return weight[0], shift[0]
+    gamma, beta, mean, var = (x.to(dtype) for x in affine_tensors(norm))
+    scale = gamma * torch.rsqrt(var + norm.eps)
+    shift = torch.addcmul(beta, mean, scale, value=-1)
+    if convolution.bias is not None:
+        shift = torch.addcmul(shift, convolution.bias.to(dtype), scale)
+    return change(convolution.weight.to(dtype)) * scale[:, None, None, None], shift
 
 
 def affine_tensors(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:

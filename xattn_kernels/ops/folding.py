@@ -18,9 +18,8 @@ def fold(
     var: Sequence[Tensor],
     bn_eps: float,
     dtype: torch.dtype,
-    bias: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """R convolutions of one shape, each followed by a batch norm, as affine maps.
+    """R convolutions of one shape, without bias, each followed by a batch norm, as affine maps.
 
     Args:
         weight: (C_out, C_in, kH, kW) of every convolution.
@@ -30,19 +29,16 @@ def fold(
         var: (C_out), its running variance.
         bn_eps: added to the variances.
         dtype: of the results.
-        bias: (C_out) of every convolution; empty for none.
 
     Returns:
-        diag(s) W (R, C_out, C_in, kH, kW) and beta - s (mean - bias) (R, C_out) in `dtype`, for
+        diag(s) W (R, C_out, C_in, kH, kW) and beta - s mean (R, C_out) in `dtype`, for
         s = gamma / sqrt(var + eps).
     """
     # The scale in double: its rounding error is that of all products of a channel alike.
     scale = _stack(gamma, torch.float64) / (_stack(var, torch.float64) + bn_eps).sqrt()
-    centre = _stack(mean, torch.float64)
-    if bias:
-        centre = centre - _stack(bias, torch.float64)
+    shift = scale * _stack(mean, torch.float64)
     folded = _stack(weight, dtype) * scale.to(dtype)[:, :, None, None, None]
-    return folded, (_stack(beta, torch.float64) - scale * centre).to(dtype)
+    return folded, (_stack(beta, torch.float64) - shift).to(dtype)
 
 
 def fold_projections(
@@ -64,5 +60,4 @@ def fold_projections(
 
 
 def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    stacked = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-    return stacked.to(dtype)
+    return torch.stack(list(tensors)).to(dtype)
