@@ -1,4 +1,4 @@
-# make setup | demo | test | check | format | bench       (make help says what each does)
+# make setup | demo | test | search | check | format | bench       (make help says what each does)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +7,8 @@ TEST_ARGS ?=
 IMAGE ?=
 ENGINE ?= all
 MODULE ?=
+SECONDS ?= 600
+SEED ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,13 +19,14 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc build_backend 
 	-not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find csrc tests/cuda/twin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test check format bench bench-full gpu-check \
+.PHONY: help setup demo test search check format bench bench-full gpu-check \
 	expected-tests
 
 help:
 	@echo "make setup     virtual environment in $(VENV), dependencies, native modules"
 	@echo "make demo      cross-task and cross-scale attention on a photograph [IMAGE=path]"
 	@echo "make test      all tests, and that none is missing or skipped unannounced"
+	@echo "make search    random cases against float64, for some time [SECONDS=600] [SEED=first]"
 	@echo "make check     formatting, lint and types"
 	@echo "make format    reformat Python and C++"
 	@echo "make bench     speed and memory side by side, in 3 minutes; a page in out/bench/quick"
@@ -54,6 +57,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --expected-tests=check $(TEST_ARGS)
+
+search: setup
+	$(BIN)/python -m tests.search --seconds $(SECONDS) $(if $(SEED),--from $(SEED))
 
 expected-tests: setup
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --expected-tests=write

@@ -52,7 +52,7 @@ class Preset:
 
 _SCALING = ("complexity", "scaling", "linear")
 _OPERATORS = ("alternatives", "limits", "cam", "cam_memory", "recompute", "softmax")
-_NETWORKS = ("head", "network", "network_training", "network_scaling")
+_NETWORKS = ("head", "network", "network_training", "network_compiled", "network_scaling")
 
 _QUICK = Preset("quick", repetitions=15, sample_seconds=0.01, series_seconds=5.0)
 _FULL = Preset("full", repetitions=50, sample_seconds=0.05, series_seconds=12.0, thorough=True)

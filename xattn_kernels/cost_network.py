@@ -83,7 +83,7 @@ def network_flops(
         rewritten: count `xattn_models.SCAMTL` instead of the published composition. Its exact
             rewrites: a fuse block reads its target once; the aggregation is applied at each scale's
             own resolution, repeats of a map folded; a scale's query is projected once for all of
-            its sources; windows' projections leave out the padding.
+            its sources; the last projection of windows leaves out their padding.
         batch: number of images.
 
     Raises:
@@ -133,11 +133,11 @@ def window_attention_flops(
 ) -> int:
     """FLOP of window attention (ATT) of one map: a 1x1 convolution, then `depth` blocks.
 
-    `padded`: the projections see the zeros that fill the map up to whole windows.
+    `padded`: the last projection, too, sees what fills the map up to whole windows.
     """
     tokens = shape[0] * shape[1]
     filled = (shape[0] + -shape[0] % WINDOW) * (shape[1] + -shape[1] % WINDOW)
-    projections = 8 * width**2 * (filled if padded else tokens)
+    projections = 2 * width**2 * (3 * filled + (filled if padded else tokens))
     return 2 * tokens * width**2 + depth * (projections + 4 * filled * WINDOW**2 * width)
 
 

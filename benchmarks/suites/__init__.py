@@ -14,5 +14,6 @@ SUITES = (
     "head",
     "network",
     "network_training",
+    "network_compiled",
     "network_scaling",
 )

@@ -9,7 +9,14 @@ import torch
 
 from benchmarks import environment, networks
 from benchmarks.core import PRESETS, Result
-from benchmarks.suites import SUITES, head, network, network_scaling, network_training
+from benchmarks.suites import (
+    SUITES,
+    head,
+    network,
+    network_compiled,
+    network_scaling,
+    network_training,
+)
 
 SMOKE = PRESETS["smoke"]
 SIZE = (32, 64)
@@ -35,7 +42,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_registered() -> None:
-    assert SUITES[-4:] == ("head", "network", "network_training", "network_scaling")
+    assert SUITES[-5:] == (
+        "head",
+        "network",
+        "network_training",
+        "network_compiled",
+        "network_scaling",
+    )
 
 
 def test_head() -> None:
@@ -54,6 +67,25 @@ def test_network() -> None:
 
 def test_network_training() -> None:
     complete(network_training.run(SMOKE, quiet, TRAINING_SIZE))
+
+
+def test_network_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = network_compiled.run(SMOKE, quiet)
+    complete(Result("", notes=result.notes, bars=result.bars))
+    assert not result.rows and {bar.note for bar in result.bars} == {"no compiler today"}
+    monkeypatch.setattr(environment, "compiler_error", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    result = network_compiled.run(SMOKE, quiet, [SIZE, TRAINING_SIZE])
+    complete(result)
+    modes = [(row["mode"], row["size"]) for row in result.rows]
+    assert modes == [("eval", "32x64"), ("eval", "128x160"), ("train", "32x64")]
+
+
+def test_a_compiled_network_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "compiler_error", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: model(1.01 * x))
+    with pytest.raises(AssertionError, match="compiled: relative L2 error"):
+        network_compiled.run(SMOKE, quiet, [SIZE])
 
 
 def test_network_scaling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,12 @@ def network() -> tuple[nn.Module, Callable[..., Any], Maps]:
     return SCAMTL(Pyramid(), TASKS, outputs), single, ((3, 64, 96),)
 
 
+def self_attention() -> tuple[nn.Module, Callable[..., Any], Maps]:
+    from xattn_models.window_attention import WindowTransformer
+
+    return WindowTransformer(12, 6, drop_path=0.0), single, ((12, 16, 24),)
+
+
 SUBJECTS: dict[str, Callable[[], tuple[nn.Module, Callable[..., Any], Maps]]] = {
     "attention": cross_attention,
     "attention-softmax": lambda: cross_attention(kind="softmax", heads=2),
@@ -128,11 +134,13 @@ SUBJECTS: dict[str, Callable[[], tuple[nn.Module, Callable[..., Any], Maps]]] = 
     "network": network,
 }
 
+WITHOUT_BATCH_NORMS = {"self-attention": self_attention}
+
 
 def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Flat, Maps]:
     """A module with random statistics, in evaluation mode, and its inputs' shapes."""
     torch.manual_seed(seed)
-    inner, arrange, maps = SUBJECTS[name]()
+    inner, arrange, maps = (SUBJECTS | WITHOUT_BATCH_NORMS)[name]()
     randomise(inner, seed)
     return Flat(inner, arrange).to(dtype).eval(), maps
 

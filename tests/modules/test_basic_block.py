@@ -133,3 +133,15 @@ def test_state_is_that_of_the_reference() -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     short = BasicBlock(6, 6, 0.1, shortcut=False)
     assert not any("downsample" in name for name in short.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["bn1", "bn2"])
+def test_what_hooks_keep_is_not_written_to(norm: str) -> None:
+    block = BasicBlock(4, 4, 0.1).train()
+    kept: list[Tensor] = []
+    layer = block.get_submodule(norm)
+    layer.register_forward_hook(lambda module, args, y: kept.append(y))
+    block(torch.randn(2, 4, 5, 5))
+    assert kept[0].min() < 0
+    layer.register_full_backward_hook(lambda module, before, after: None)
+    block(torch.randn(2, 4, 5, 5, requires_grad=True)).sum().backward()

@@ -56,26 +56,21 @@ CELLS = [
     ("head", "eval", "auto"),
     ("attention", "train", "auto"),
     ("block", "eval", "auto"),
+    ("self-attention", "eval", "auto"),
+    ("self-attention", "train", "auto"),
 ]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "mode", "dynamic"), CELLS)
 def test_equal_to_eager(name: str, mode: str, dynamic: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name, mode, dynamic],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr[-3000:]
+    run(PROGRAM, name, mode, dynamic)
 
 
 @pytest.mark.timeout(600)
 def test_the_network() -> None:
-    """Compiles as a whole, window attention included."""
-    program = """
+    """Compiles as a whole, at one size; `python -m benchmarks.compiled` takes more."""
+    run("""
 import torch
 from tests.modules.subjects import draw, error, make
 
@@ -85,9 +80,36 @@ with torch.no_grad():
     found = torch.compile(module, fullgraph=True)(*x)
     assert error(found, module(*x)) <= 2e-5
 print("equal")
+""")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["cross-task", "attention-softmax", "head", "converted"])
+def test_ahead_of_time(name: str, tmp_path: Path) -> None:
+    """AOTInductor: exported, compiled, packaged, loaded in a process with the operators."""
+    program = """
+import sys
+import torch
+from tests.modules.subjects import draw, error, make
+
+name, path = sys.argv[1:]
+module, maps = make(name)
+with torch.no_grad():
+    exported = torch.export.export(module, draw(maps))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=path)
+    compiled = torch._inductor.aoti_load_package(package)
+    for seed in (1, 2):
+        x = draw(maps, seed=seed)
+        assert error(compiled(*x), module(*x)) <= 2e-5
+print("equal")
 """
+    run(program, name, str(tmp_path / "compiled.pt2"))
+
+
+def run(program: str, *arguments: str) -> None:
+    """In a process of its own; a program prints "equal" in the end."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -27,7 +27,7 @@ from xattn_kernels.modules.layers import call_sequence, is_stock, keeps_size, su
 from xattn_kernels.modules.normalisation import first_parameter, is_inference
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, with_plain_gradient
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order
 
 
 class _Scales(Freezable):
@@ -80,7 +80,7 @@ class _Scales(Freezable):
         block = self.get_submodule(f"cross_scale_attention{t}")
         adapters = [self.get_submodule(f"upsample{t + 1 + i}{t}") for i in range(len(sources))]
         adapted = [call_sequence(a, x) for a, x in zip(adapters, sources, strict=True)]
-        cells = [target, *map(with_plain_gradient, adapted)]
+        cells = [target, *as_inputs(adapted)]  # some layers give float32 under autocast
         inference = is_inference([block], cells)
         way = choose_way([block], cells, self.kind, self.recompute, inference)
         if way == "folded":

@@ -121,9 +121,11 @@ class BasicBlock(Freezable):
                 with no_autocast(x.device.type):
                     return self.folded("block", x.dtype)(x)
         x = with_plain_gradient(x)
-        hidden = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        # In place only what nobody else holds: hooks and layers of others may keep what they gave.
+        hidden = F.relu(self.bn1(self.conv1(x)), inplace=stock)
         residual = self.bn2(self.conv2(hidden))
-        residual += x if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        residual = residual.add_(shortcut) if stock else residual + shortcut
         return F.relu(residual, inplace=True)
 
     def _pays_to_fold(self, x: Tensor) -> bool:
