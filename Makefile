@@ -27,7 +27,7 @@ help:
 	@echo "make demo      cross-task and cross-scale attention on a photograph [IMAGE=path]"
 	@echo "make test      all tests, and that none is missing or skipped unannounced"
 	@echo "make search    random cases against float64, for some time [SECONDS=600] [SEED=first]"
-	@echo "make check     formatting, lint and types"
+	@echo "make check     formatting, lint, types and which way imports run"
 	@echo "make format    reformat Python and C++"
 	@echo "make bench     speed and memory side by side, in 3 minutes; a page in out/bench/quick"
 	@echo "make bench-full  the same for everything, in half an hour; a page in out/bench/full"
@@ -68,6 +68,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format: setup

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 from . import gpu_bench as bench
 from .gpu_problems import NAMES, Head, Report, linear, softmax, train, training_inputs

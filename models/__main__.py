@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xattn_kernels import freeze_
-from xattn_kernels.registry import ENGINES, list_backends
+from xattn_kernels.problem import ENGINES
+from xattn_kernels.registry import list_backends
 
 from .configs import CONFIGS
 from .files import clip, replacing, shown

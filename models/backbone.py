@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from xattn_kernels.modules import normalisation
+from xattn_kernels.modules.normalisation import is_hooked, is_inference
 from xattn_kernels.ops.autocast import autocast_dtype
 from xattn_kernels.ops.tracing import is_observed
 
@@ -113,9 +113,7 @@ def can_fold(backbone: nn.Module, image: Tensor) -> bool:
     if is_observed() or autocast_dtype(image.device.type) is not None:
         return False
     modules = [*backbone.modules()]
-    return not any(normalisation.is_hooked(m) for m in modules) and normalisation.is_inference(
-        [backbone], [image]
-    )
+    return not any(is_hooked(m) for m in modules) and is_inference([backbone], [image])
 
 
 def fold_backbone(backbone: nn.Module) -> nn.Module:

@@ -17,8 +17,8 @@ import torch
 import xattn_kernels
 import xattn_models
 from xattn_build import cuda, native, nvcc
-from xattn_kernels import info
-from xattn_kernels.ops import native as loader
+from xattn_kernels import build_record
+from xattn_kernels.engines import native as loader
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -368,7 +368,7 @@ class TestPackages:
             "xattn_benchmarks/report.html.jinja",
             "xattn_kernels/measured.json",
             "xattn_kernels/py.typed",
-            "xattn_kernels/triton/tiles.json",
+            "xattn_kernels/engines/triton/tiles.json",
         }
 
     def test_source_archive_is_complete(self, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ class TestPackages:
         version = xattn_kernels.__version__
         assert importlib.metadata.version("xattn_kernels") == version
         assert xattn_models.__version__ == version
-        record = info.build_record()
+        record = build_record.read()
         assert record is not None
         assert record["version"] == version
 
@@ -422,7 +422,7 @@ class TestModule:
         assert [line.split()[-1] for line in symbols.splitlines()] == ["PyInit__core"]
 
     def test_record_agrees_with_the_module(self) -> None:
-        record = info.build_record()
+        record = build_record.read()
         assert record is not None
         assert sorted(record["cpu"]["isas"]) == sorted(loader.core().cpu_info()["compiled"])
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import xattn_kernels
-from xattn_kernels import __main__, info, registry
-from xattn_kernels.ops import native
+from xattn_kernels import __main__, build_record, info, registry
+from xattn_kernels.engines import native
 
 
 def test_command_prints_json() -> None:
@@ -61,7 +61,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this test's build record goes; the module is loaded before, by its own record."""
     native.load_error()
     path = tmp_path / "_build.json"
-    monkeypatch.setattr(info, "RECORD", path)
+    monkeypatch.setattr(build_record, "PATH", path)
     return path
 
 
@@ -93,7 +93,7 @@ def test_without_native_modules(record: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_corrupt_record(record: Path) -> None:
     record.write_text("{")
     with pytest.raises(RuntimeError, match=r"_build\.json"):
-        info.build_record()
+        build_record.read()
     assert "_build.json cannot be read" in info.to_text(info.collect())
 
 

@@ -13,7 +13,7 @@ import torch
 
 import xattn_kernels as xk
 from xattn_kernels import measured, registry
-from xattn_kernels.registry import ENGINES, MEASURED_ENGINES, OPERATORS, Problem
+from xattn_kernels.problem import ENGINES, MEASURED_ENGINES, OPERATORS, Problem
 
 LINEAR = "linear_cross_attention"
 SOFTMAX = "softmax_cross_attention"

@@ -14,8 +14,8 @@ import torch
 
 import xattn_kernels as xk
 from xattn_kernels import registry
-from xattn_kernels.ops import native
-from xattn_kernels.registry import ENGINES, OPERATORS, Problem
+from xattn_kernels.engines import native
+from xattn_kernels.problem import ENGINES, OPERATORS, Problem
 
 X = torch.zeros(1, 4, 3)
 
@@ -216,8 +216,8 @@ def test_native_module_that_does_not_load(error: str, reason: str) -> None:
 def test_native_module_of_another_version() -> None:
     done = run_python(
         """
-from xattn_kernels import info
-info.build_record = lambda: {"version": "0.0.9"}
+from xattn_kernels import build_record
+build_record.read = lambda: {"version": "0.0.9"}
 import xattn_kernels as xk
 print(next(e.reason for e in xk.list_backends() if e.name == "cpu"))
 """

@@ -12,25 +12,19 @@ the same for training        2 C^2 N times a number for each pass over the featu
 pyramid projection           2 M C_s N_s per scale, 2 O M N_0 for the classifier
 ===========================  =====================================================================
 
-The formulas are known to torch once it has imported its flop counter, which `import xattn_kernels`
-leaves to whoever wants one.
+`count` counts a call. For a `FlopCounterMode` of one's own, `register` tells torch the formulas
+first: `import xattn_kernels` leaves torch as it is.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from xattn_kernels.ops.features import group_by_output
 from xattn_kernels.ops.library import NAMESPACE
-
-COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
 
@@ -52,53 +46,16 @@ def count(call: Callable[[], Any]) -> int:
 
 
 def register() -> None:
-    """Tell torch's flop counter the formulas; nothing happens to those it knows."""
+    """Tell torch's flop counter the formulas; nothing happens to those it knows.
+
+    Before a `FlopCounterMode` is made, which would count nothing for this library's operators.
+    """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in _FORMULAS.items():
         operator = getattr(getattr(torch.ops, NAMESPACE), name, None)
         if operator is not None and operator not in flop_registry:
             register_flop_formula(operator)(formula)
-
-
-def register_when_imported() -> None:
-    """`register`, now or when torch's flop counter is imported.
-
-    Importing it here would import Triton, where that is installed.
-    """
-    if COUNTER in sys.modules:
-        register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing; has the flop counter's loader call `register` in the end, then goes."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        register()
 
 
 def linear_core(

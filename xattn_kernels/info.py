@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
@@ -11,47 +10,29 @@ from typing import Any
 
 import torch
 
-from xattn_kernels import measured, registry
+from xattn_kernels import build_record, measured, registry
 from xattn_kernels._version import __version__
 from xattn_kernels.compat import torchvision_ops_error
-from xattn_kernels.ops import native
+from xattn_kernels.engines import native
+from xattn_kernels.problem import MEASURED_ENGINES
 
-#: Written by the build beside the native modules.
-RECORD = Path(__file__).with_name("_build.json")
 #: Packages whose versions decide what works; those that are missing are reported as None.
 PACKAGES = ("torch", "numpy", "triton", "torchvision", "timm")
-
-
-def build_record() -> dict[str, Any] | None:
-    """Return what the build wrote beside the native modules; None without a build.
-
-    Keys: ``version``, ``python``, ``cpu`` (``compiler``, ``isas``), ``cuda`` (``built``,
-    ``requested``, ``reason``, ``toolkit``, ``architectures``).
-
-    Raises:
-        RuntimeError: if the file is there but cannot be read; the message names it.
-    """
-    try:
-        record: dict[str, Any] = json.loads(RECORD.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{RECORD} cannot be read ({error}); install again") from error
-    return record
 
 
 def collect() -> dict[str, Any]:
     """Return everything ``python -m xattn_kernels info`` tells, as plain JSON values."""
     build, build_error = None, None
     try:
-        build = build_record()
+        build = build_record.read()
     except RuntimeError as error:
         build_error = str(error)
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _package_version(name) for name in PACKAGES},
+        "packages": {name: _package_version(name) for name in PACKAGES}
+        | {"torch": torch.__version__},  # with its build, as in 2.14.1+cu130
         "torchvision_ops_error": torchvision_ops_error(),
         "engines": [
             {"name": engine.name, "available": engine.available, "reason": engine.reason}
@@ -99,10 +80,10 @@ def _torchvision_lines(facts: dict[str, Any]) -> list[str]:
 
 def _auto_lines(facts: dict[str, Any]) -> list[str]:
     """How "auto" chooses, and on which of this machine's GPUs it has measurements to go by."""
-    others = [name for name in registry.ENGINES if name not in registry.MEASURED_ENGINES]
+    others = [name for name in registry.ENGINES if name not in MEASURED_ENGINES]
     lines = [
         f'"auto" takes the first of {", ".join(others)} that can, and '
-        f"{' or '.join(registry.MEASURED_ENGINES)} where measured to be the fastest"
+        f"{' or '.join(MEASURED_ENGINES)} where measured to be the fastest"
     ]
     measured_on = facts["measured"]
     for capability in sorted({device["capability"] for device in facts["gpu"]["devices"]}):

@@ -22,11 +22,12 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from xattn_kernels import measured
+from xattn_kernels.problem import ENGINES, MEASURED_ENGINES, OPERATORS, TRAINING, Problem
 
 __all__ = [
     "ENGINES",
@@ -40,45 +41,6 @@ __all__ = [
     "list_backends",
     "set_backend",
 ]
-
-#: Every engine, in the order in which ``"auto"`` tries those without measurements.
-ENGINES = ("cuda", "triton", "cpu", "reference")
-#: Engines that ``"auto"`` takes only for problems that they were measured on.
-MEASURED_ENGINES = ("cuda", "triton")
-TRAINING = "cross_attention_block_training"
-OPERATORS = (
-    "linear_cross_attention",
-    "softmax_cross_attention",
-    "cross_attention_block",
-    TRAINING,
-    "pyramid_projection",
-)
-
-
-class Problem(NamedTuple):
-    """What an engine is told when it is asked whether it can run an operator.
-
-    Attributes:
-        op: one of :data:`OPERATORS`.
-        dtype: element type of the features.
-        device: device type, such as ``"cpu"``.
-        channels: width C of queries and keys; of the finest level for ``pyramid_projection``.
-        value_channels: width of values or, for ``pyramid_projection``, of outputs.
-        heads: heads of the softmax operator, else 1.
-        transformed: whether a ``torch.func`` transform or forward-mode differentiation is active.
-        gradient: whether a backward pass may follow; always for the block in training.
-        device_index: number of the device where there are several of its type, else None.
-    """
-
-    op: str
-    dtype: torch.dtype
-    device: str
-    channels: int
-    value_channels: int
-    heads: int = 1
-    transformed: bool = False
-    gradient: bool = False
-    device_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,14 +178,14 @@ def unavailable(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "cpu":
-        from xattn_kernels.ops import native
+        from xattn_kernels.engines import native
 
         return native.load_error()
     if name == "triton":
-        from xattn_kernels.triton import runtime
+        from xattn_kernels.engines.triton import runtime
 
         return runtime.load_error()
-    from xattn_kernels.ops import native_cuda
+    from xattn_kernels.engines import native_cuda
 
     return native_cuda.load_error()
 
@@ -333,16 +295,8 @@ def explain(
             if x is not None
         ]
         first, last = slots[0][0], slots[-1][0] if value is not None else slots[0][0]
-        op = Problem(
-            op,
-            first.dtype,
-            first.device.type,
-            first.size(1),
-            last.size(1),
-            heads,
-            gradient=op == TRAINING or wants_gradient(x for slot in slots for x in slot),
-            device_index=first.device.index,
-        )
+        gradient = op == TRAINING or wants_gradient(x for slot in slots for x in slot)
+        op = Problem.of(op, first, first.size(1), last.size(1), heads=heads, gradient=gradient)
     return _explain(op, current_backend())
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.cost import MapSize, attention_cost
+from xattn_kernels.engines import native
 from xattn_kernels.functional import cross_attention_block, pack_block_weights
 from xattn_kernels.functional.block import attend_packed
 from xattn_kernels.modules.attend import pack_projections
-from xattn_kernels.ops import native
 from xattn_kernels.testing import compositions
 from xattn_kernels.testing.compare import check
 

@@ -112,11 +112,12 @@ class _Step:
         self._call, self._model, self._x = call, model, x
 
     def __call__(self) -> list[Tensor]:
-        """The gradients of all parameters that have one."""
+        """The gradients of all parameters."""
         self._model.zero_grad()
         output = self._call(self._x)
         torch.stack([y.square().mean() for y in targets(output).values()]).sum().backward()
-        return [p.grad for p in self._model.parameters() if p.grad is not None]
+        # Those that the loss does not depend on have none, or zero where a graph had them.
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._model.parameters()]
 
 
 def _results(mode: str, call: Callable[[], Any]) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.resources import cuda_table as resources
 from xattn_build import cuda as build
 from xattn_build import nvcc as direct
-from xattn_kernels.cuda import resources
 
 FILE = resources.ROOT / "docs" / "cuda_resources.json"
 KERNELS = [path for path in direct.sources() if "XATTN_KERNEL(" in path.read_text()]
@@ -94,7 +94,7 @@ def test_compiled_again(name: str, arch: str, table: dict[str, Any], nvcc: str) 
     assert all(map(is_known, (row for row in compiled if resources.problems(row))))
     assert list(map(resources.identity, compiled)) == list(map(resources.identity, written))
     if resources.version(nvcc) == table["nvcc"]:
-        how = f"python -m xattn_kernels.cuda.resources docs/{FILE.name} --only {name}"
+        how = f"python -m benchmarks.resources.cuda_table docs/{FILE.name} --only {name}"
         assert compiled == written, f"the kernels have changed; run {how}"
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import xattn_kernels as xk
-from xattn_kernels import info, registry
-from xattn_kernels.ops import native_cuda
-from xattn_kernels.registry import Problem
+from xattn_kernels import build_record, registry
+from xattn_kernels.engines import native_cuda
+from xattn_kernels.problem import Problem
 
 NAME = "xattn_kernels._cuda"
 X = torch.zeros(1, 4, 3)
@@ -90,7 +90,7 @@ def test_module_that_was_not_built(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, Any] | None, reason: str
 ) -> None:
     fails(monkeypatch, ModuleNotFoundError(f"No module named {NAME!r}"))
-    monkeypatch.setattr(info, "build_record", lambda: record)
+    monkeypatch.setattr(build_record, "read", lambda: record)
     expected = f"the native module _cuda was not built: {reason}"
     assert native_cuda.load_error() == expected
     with pytest.raises(RuntimeError, match=expected):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.resources import cuda_table as resources
 from xattn_build import nvcc as direct
-from xattn_kernels.cuda import resources
 
 FOLDER = direct.ROOT / "csrc" / "cuda"
 #: Files, how many kernels each has, and products of a kernel at least: one for 16 of 40 channels,

@@ -13,7 +13,8 @@ from modules.support import make, norms, set_norms
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xattn_kernels import distributed
+from xattn_kernels import collectives
+from xattn_kernels.distributed import sum_gradients
 from xattn_kernels.modules.layers import BasicBlock
 
 from . import support, world
@@ -122,7 +123,7 @@ def moments_are_merged(dtype: torch.dtype, tolerance: float) -> None:
     own = sets[rank]
     means = [x.mean(0) for x in own]  # NaN where there are none
     outer = [(x - m).T @ (x - m) for x, m in zip(own, means, strict=True)]
-    reduction = distributed.reduction(dist.group.WORLD, None)
+    reduction = collectives.reduction(dist.group.WORLD, None)
     count = torch.tensor([len(x) for x in own], dtype=dtype)
     mean, deviations, total = reduction.moments(
         torch.stack(means).to(dtype), torch.stack(outer).to(dtype), count
@@ -137,7 +138,7 @@ def moments_are_merged(dtype: torch.dtype, tolerance: float) -> None:
         centred = whole - whole.mean(0)
         support.same(deviations[i], centred.T @ centred, "outer products", tolerance)
         support.same(squares[i], centred.square().sum(0), "squares", tolerance)
-    everywhere = distributed.gather(torch.cat([mean, squares], 1), dist.group.WORLD)
+    everywhere = collectives.gather(torch.cat([mean, squares], 1), dist.group.WORLD)
     assert torch.equal(everywhere, everywhere[:1].expand_as(everywhere))
 
 
@@ -145,19 +146,19 @@ def sums_and_states() -> None:
     rank = dist.get_rank()
     rows = support.group(0, 1), support.group(2, 3)
     x = torch.full((2, 3), float(rank))
-    both = distributed.reduction(dist.group.WORLD, rows[rank // 2])
-    assert not both.is_local and distributed.reduction(None, None).is_local
+    both = collectives.reduction(dist.group.WORLD, rows[rank // 2])
+    assert not both.is_local and collectives.reduction(None, None).is_local
     assert torch.equal(both.sums(x), torch.full((2, 3), 6.0))
     s, z = both.states(x, x[0] + 1)
     assert torch.equal(s, torch.full((2, 3), 1.0 + rank // 2 * 4)) and torch.equal(z, s[0] + 2)
     assert both.counts([torch.empty(rank, 3, 2, 2), torch.empty(2, 3, 5)]) == [24, 40]
-    assert torch.equal(distributed.reduction(None, rows[rank // 2]).sums(x), x)
-    assert distributed.reduction(None, rows[rank // 2]).counts([x]) == [4]
+    assert torch.equal(collectives.reduction(None, rows[rank // 2]).sums(x), x)
+    assert collectives.reduction(None, rows[rank // 2]).counts([x]) == [4]
     module = nn.Linear(2, 1)
     for p in module.parameters():
         p.grad = torch.full_like(p, float(rank)) if rank % 2 else None
     module.bias.grad = None
-    distributed.sum_gradients(module)
+    sum_gradients(module)
     assert torch.equal(module.weight.grad, torch.full((1, 2), 4.0)) and module.bias.grad is None
 
 

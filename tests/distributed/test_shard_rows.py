@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from xattn_kernels import modules
-from xattn_kernels.distributed import rows_of, shard_rows, sum_gradients
+from xattn_kernels.distributed import shard_rows, sum_gradients
 from xattn_kernels.modules.layers import BasicBlock
-from xattn_kernels.modules.rows import with_halos
+from xattn_kernels.modules.row_sharding import rows_of, with_halos
 from xattn_kernels.testing import op_by_op
 
 from . import support, world
@@ -276,7 +276,7 @@ def group_of_norms_is_too_small() -> None:
         return
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(modules.CrossAttention(4), group)
     shard_rows(converted, outside)
-    from xattn_kernels.distributed import statistics_group
+    from xattn_kernels.modules.normalisation import statistics_group
 
     with pytest.raises(ValueError, match=r"SyncBatchNorm: its process group lacks the ranks \[2\]"):
         statistics_group(converted.value_project.bn, outside)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops import native
+from xattn_kernels.engines import native
 from xattn_kernels.ops.cross_attention_block_training import cpu, reference
 
 GRADIENTS = ("target_gradients", "source_sums", "source_gradients", "input_gradient")

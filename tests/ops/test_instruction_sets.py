@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xattn_kernels as xk
-from xattn_kernels.ops import native
+from xattn_kernels.engines import native
 from xattn_kernels.testing.cases import CASES, DTYPES, Case
 
 from . import test_accuracy, test_block, test_exact

@@ -225,7 +225,7 @@ def forgotten_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overlooked_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers.normalisation, "is_hooked", lambda module: False)
+    monkeypatch.setattr(layers, "is_hooked", lambda module: False)
 
 
 def other_order(monkeypatch: pytest.MonkeyPatch) -> None:

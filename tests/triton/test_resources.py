@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.resources import aot
+from benchmarks.resources import triton_table as resources
+from benchmarks.resources.triton_table import Case
+from xattn_kernels.engines.triton import launch, tuning
 from xattn_kernels.schedule import Schedule
-from xattn_kernels.triton import aot, launch, resources, tuning
-from xattn_kernels.triton.resources import Case
 
 FILE = Path(__file__).parents[2] / "docs" / "triton_resources.json"
 
@@ -98,7 +100,7 @@ def test_compiled_again(case: Case, capability: int, table: dict[str, Any]) -> N
     assert all(map(is_known, (row for row in compiled if resources.problems(row))))
     assert list(map(resources.identity, compiled)) == list(map(resources.identity, written))
     if triton.__version__ == table["triton"]:
-        how = f"python -m xattn_kernels.triton.resources {FILE.relative_to(FILE.parents[1])}"
+        how = f"python -m benchmarks.resources.triton_table {FILE.relative_to(FILE.parents[1])}"
         assert compiled == written, f"the kernels have changed; run {how}"
 
 
@@ -138,7 +140,7 @@ def test_shipped_tiles(capability: int) -> None:
 
 
 def test_the_table_writer_compiles() -> None:
-    from xattn_kernels.triton.table_kernel import ARGUMENTS, write_kernel
+    from xattn_kernels.engines.triton.table_kernel import ARGUMENTS, write_kernel
 
     memory = torch.empty(ARGUMENTS, dtype=torch.int64)
     args = (memory, 0, *range(ARGUMENTS))

@@ -243,6 +243,8 @@ def softmax_cross_attention(
         score_n = scale * q_m . k_n      out_o[:, :, m] = sum_n softmax_n(score) v_n
 
     Computed in float32 (float64 for float64 inputs); engines with kernels store no score matrix.
+    Their backward computes the weights again as exp(score - lse), as FlashAttention does: the
+    relative error of gradients grows with the log-sum-exp, by 6e-8 times its magnitude in float32.
     Vaswani et al., "Attention Is All You Need" (2017), eq. 1.
 
     Args:

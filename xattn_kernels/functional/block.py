@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 
 import torch
 from torch import Tensor
 
-from xattn_kernels.distributed import LOCAL, Reduction
+from xattn_kernels.collectives import LOCAL, Reduction
 from xattn_kernels.functional.shared import check_eps
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.block_inputs import (
@@ -23,7 +22,8 @@ from xattn_kernels.ops.cross_attention_block import op as block_op
 from xattn_kernels.ops.cross_attention_block_training import autograd as training
 from xattn_kernels.ops.cross_attention_block_training import op as training_op
 from xattn_kernels.ops.tracing import is_observed, is_transformed
-from xattn_kernels.registry import Problem, select
+from xattn_kernels.problem import Problem
+from xattn_kernels.registry import select
 from xattn_kernels.schedule import Schedule
 
 
@@ -281,17 +281,15 @@ def cross_attention_block_training(
                     "Expected more than 1 value per channel when training, got input size "
                     f"{features[i].shape}"
                 )
-    channels = index(first.size(1))
+    channels = first.size(1)
     engine = select(
-        Problem(
+        Problem.of(
             training_op.OP,
-            first.dtype,
-            first.device.type,
+            first,
             channels,
             channels,
             transformed=is_transformed(),
             gradient=True,
-            device_index=first.device.index,
         )
     )
     outputs, statistics = training.call(
@@ -310,15 +308,6 @@ def _block_engine(dtype: torch.dtype, like: Tensor) -> str:
 
     A tensor of weights (W, 5, C, C) has it in dimension 3.
     """
-    channels = index(like.size(3) if like.dim() == 4 else like.size(1))
-    return select(
-        Problem(
-            block_op.OP,
-            dtype,
-            like.device.type,
-            channels,
-            channels,
-            transformed=is_transformed(),
-            device_index=like.device.index,
-        )
-    )
+    channels = like.size(3) if like.dim() == 4 else like.size(1)
+    problem = Problem.of(block_op.OP, like, channels, channels, transformed=is_transformed())
+    return select(problem._replace(dtype=dtype))

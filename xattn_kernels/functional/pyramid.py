@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Literal, overload
 
 from torch import Tensor
@@ -12,7 +11,8 @@ from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.pyramid_inputs import check_pyramid_inputs
 from xattn_kernels.ops.pyramid_projection import op as pyramid_op
 from xattn_kernels.ops.tracing import is_transformed
-from xattn_kernels.registry import Problem, select, wants_gradient
+from xattn_kernels.problem import Problem
+from xattn_kernels.registry import select, wants_gradient
 
 
 @overload
@@ -102,17 +102,15 @@ def pyramid_projection(
     if batch_statistics and not eps >= 0:
         raise ValueError(f"eps: got {eps!r}, expected a number that is not negative")
     engine = select(
-        Problem(
+        Problem.of(
             pyramid_op.OP,
-            first.dtype,
-            first.device.type,
-            index(first.size(1)),
-            index(classifier.size(0)),
+            first,
+            first.size(1),
+            classifier.size(0),
             transformed=is_transformed(),
             gradient=wants_gradient(
                 (*inputs.features, *weights, scale, shift, classifier, classifier_bias)
             ),
-            device_index=first.device.index,
         )
     )
     args = (inputs.features, inputs.weights, scale, shift, classifier, inputs.classifier_bias)

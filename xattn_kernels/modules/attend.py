@@ -16,15 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from xattn_kernels import functional
-from xattn_kernels.distributed import Reduction, rows_of
+from xattn_kernels.collectives import Reduction
 from xattn_kernels.functional.block import attend_packed, fold_block_weights
-from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.freezing import Freezable
 from xattn_kernels.modules.layers import ProjectionSet, is_stock
-from xattn_kernels.modules.normalisation import BatchNorm
+from xattn_kernels.modules.normalisation import (
+    BatchNorm,
+    affine_tensors,
+    norms_agree,
+    reduction_of,
+    tensor_of,
+    update_running_of_each,
+    uses_batch,
+)
+from xattn_kernels.modules.row_sharding import rows_of
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.tracing import is_transformed
-from xattn_kernels.registry import TRAINING, Problem, current_backend, find
+from xattn_kernels.problem import TRAINING, Problem
+from xattn_kernels.registry import current_backend, find
 from xattn_kernels.schedule import Schedule
 
 
@@ -91,17 +100,17 @@ def choose_way(
         return "layers"
     projections = [p for block in _projecting(blocks) for p in block.projections()]
     norms = [p.bn for p in projections]
-    if any(p.conv.bias is not None for p in projections) or not normalisation.agree(norms):
+    if any(p.conv.bias is not None for p in projections) or not norms_agree(norms):
         return "layers"
     # All ranks have to choose alike, whatever their part of the tokens.
-    reduction = normalisation.reduction(norms[0], rows_of(blocks[0]))
+    reduction = reduction_of(norms[0], rows_of(blocks[0]))
     if reduction.is_local and any(x.numel() == 0 for x in features):
         return "layers"
     if inference and reduction.is_local:
         return "folded"
     if not (is_recomputing_cheaper(features) if recompute == "auto" else recompute):
         return "layers"
-    if normalisation.uses_batch(norms[0]) and has_few_tokens(reduction.counts(features)):
+    if uses_batch(norms[0]) and has_few_tokens(reduction.counts(features)):
         return "layers"
     return "recomputed"
 
@@ -127,15 +136,7 @@ def is_recomputing_cheaper(features: Sequence[Tensor]) -> bool:
     if is_transformed():
         return False
     channels = index(x.shape[1])
-    problem = Problem(
-        TRAINING,
-        x.dtype,
-        x.device.type,
-        channels,
-        channels,
-        gradient=True,
-        device_index=x.device.index,
-    )
+    problem = Problem.of(TRAINING, x, channels, channels, gradient=True)
     return find(problem) not in STORING_ENGINES
 
 
@@ -160,7 +161,7 @@ def attend(
         return [blocks[b](features[target], features[a]) for target, a, b in wiring.edges]
     projecting = _projecting(blocks)
     with no_autocast(features[0].device.type):
-        reduction = normalisation.reduction(projecting[0].projections()[0].bn, rows_of(blocks[0]))
+        reduction = reduction_of(projecting[0].projections()[0].bn, rows_of(blocks[0]))
         if reduction.is_local:
             return _attend_recomputed(projecting, wiring, features, reduction)
         # Collectives are not for compilers.
@@ -177,7 +178,7 @@ def _attend_recomputed(
 ) -> list[Tensor]:
     projections = [p for block in blocks for p in block.projections()]
     norms = [p.bn for p in projections]
-    batch = normalisation.uses_batch(norms[0])
+    batch = uses_batch(norms[0])
     running_mean = [bn.running_mean for bn in norms if bn.running_mean is not None]
     running_var = [bn.running_var for bn in norms if bn.running_var is not None]
     outputs, statistics = functional.cross_attention_block_training(
@@ -220,7 +221,7 @@ def _update(
                 rounds.append([])
             rounds[use].append((norm, *statistics[slot, b, p]))
     for one in rounds:
-        normalisation.update_each(*zip(*one, strict=True))
+        update_running_of_each(*zip(*one, strict=True))
 
 
 def attend_folded(
@@ -252,7 +253,7 @@ def pack_projections(projections: Sequence[Any], dtype: torch.dtype) -> Tensor:
         dtype: of the features.
     """
     layers = [(p._modules["conv"], p._modules["bn"]) for p in projections]
-    weights = [normalisation.tensor_of(conv, "weight") for conv, _ in layers]
-    vectors = zip(*(normalisation.affine_tensors(bn) for _, bn in layers), strict=True)
+    weights = [tensor_of(conv, "weight") for conv, _ in layers]
+    vectors = zip(*(affine_tensors(bn) for _, bn in layers), strict=True)
     gamma, beta, mean, var = map(list, vectors)
     return fold_block_weights(weights, gamma, beta, mean, var, layers[0][1].eps, dtype)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels import functional
-from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.checks import (
     as_inputs,
@@ -21,7 +20,7 @@ from xattn_kernels.modules.checks import (
 from xattn_kernels.modules.freezing import refuse_proxies
 from xattn_kernels.modules.layers import ProjectionSet, check_stock
 from xattn_kernels.modules.normalisation import first_parameter, is_inference
-from xattn_kernels.modules.rows import linear_cross_attention
+from xattn_kernels.modules.row_sharding import check_rows, linear_cross_attention, rows_of
 from xattn_kernels.ops.gradients import with_plain_gradient
 
 _ONE_EDGE = Wiring(((0, 1, 0),), 2)

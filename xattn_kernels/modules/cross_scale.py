@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_kernels import functional
-from xattn_kernels.distributed import check_rows, rows_of
-from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.checks import (
     as_inputs,
@@ -24,7 +22,15 @@ from xattn_kernels.modules.checks import (
 from xattn_kernels.modules.cross_attention import CrossAttention
 from xattn_kernels.modules.freezing import Freezable, refuse_proxies
 from xattn_kernels.modules.layers import call_sequence, is_stock, keeps_size, sum_repeats
-from xattn_kernels.modules.normalisation import first_parameter, is_inference
+from xattn_kernels.modules.normalisation import (
+    BATCH_NORMS,
+    check_size,
+    first_parameter,
+    is_inference,
+    update_running,
+    uses_batch,
+)
+from xattn_kernels.modules.row_sharding import check_rows, rows_of
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
 from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order
@@ -230,7 +236,7 @@ class CrossScaleHead(_Scales):
     def _aggregate(self, levels: Sequence[Tensor]) -> Tensor:
         """The last layer's output from [x_s, c_s..] of every scale."""
         first, norm, _, classifier = self.last_layer
-        assert isinstance(first, nn.Conv2d) and isinstance(norm, normalisation.KINDS)
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, BATCH_NORMS)
         assert isinstance(classifier, nn.Conv2d)
         dtype = ACCUMULATORS[levels[0].dtype]
 
@@ -239,7 +245,7 @@ class CrossScaleHead(_Scales):
             weights = self._by_scale(first.weight.flatten(1).to(dtype))
             scale, shift = norm.weight.to(dtype), norm.bias.to(dtype)
             bias = None if first.bias is None else first.bias.to(dtype)
-            if not normalisation.uses_batch(norm):
+            if not uses_batch(norm):
                 assert norm.running_mean is not None and norm.running_var is not None
                 scale = scale * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
                 shift = torch.addcmul(shift, norm.running_mean.to(dtype), scale, value=-1)
@@ -250,15 +256,15 @@ class CrossScaleHead(_Scales):
             labels = None if classifier.bias is None else classifier.bias.to(dtype)
             return weights, scale, shift, classifier.weight.flatten(1).to(dtype), labels
 
-        if normalisation.uses_batch(norm):
-            normalisation.check_size(levels[0])
+        if uses_batch(norm):
+            check_size(levels[0])
             output, mean, var = functional.pyramid_projection(
                 levels, *fold(), batch_statistics=True, eps=norm.eps
             )
             with torch.no_grad():
                 values = levels[0].numel() // levels[0].shape[1]
                 mean = mean if first.bias is None else mean + first.bias
-                normalisation.update(norm, mean, var * (values / (values - 1)))
+                update_running(norm, mean, var * (values / (values - 1)))
             return output
         if not is_inference([self.last_layer], levels):
             return functional.pyramid_projection(levels, *fold())
@@ -290,7 +296,7 @@ def _is_aggregation(layers: nn.Module) -> bool:
     return (
         len(layers) == 4
         and keeps_size(layers[0], 1)
-        and type(layers[1]) in normalisation.KINDS
+        and type(layers[1]) in BATCH_NORMS
         and type(layers[2]) is nn.ReLU
         and keeps_size(layers[3], 1)
     )

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from xattn_kernels.distributed import check_rows, rows_of
 from xattn_kernels.modules.attend import Wiring, attend, attend_folded, choose_way
 from xattn_kernels.modules.checks import (
     as_inputs,
@@ -24,6 +23,7 @@ from xattn_kernels.modules.freezing import Freezable, refuse_proxies
 from xattn_kernels.modules.fuse import FusionInputs, fuse
 from xattn_kernels.modules.layers import BasicBlock, is_stock
 from xattn_kernels.modules.normalisation import first_parameter, is_inference
+from xattn_kernels.modules.row_sharding import check_rows, rows_of
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.gradients import with_plain_gradient
 from xattn_kernels.ops.tracing import is_observed

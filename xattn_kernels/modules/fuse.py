@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.distributed import rows_of
-from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.layers import BasicBlock, is_stock, sum_repeats
-from xattn_kernels.modules.normalisation import BatchNorm
+from xattn_kernels.modules.normalisation import BatchNorm, uses_batch
+from xattn_kernels.modules.row_sharding import rows_of
 from xattn_kernels.ops.tracing import is_observed, is_recorded
 
 GROUP_BYTES = 32 * 2**20
@@ -88,7 +87,7 @@ class FusionInputs:
 
 def _normalise(bn: BatchNorm, x: Tensor, count: int) -> Tensor:
     """`bn` of each of `count` targets, which are the samples of `x` in order."""
-    if count == 1 or not normalisation.uses_batch(bn):
+    if count == 1 or not uses_batch(bn):
         normalised: Tensor = bn(x)
         return normalised
     return torch.cat([bn(part) for part in _apart(x, count)])

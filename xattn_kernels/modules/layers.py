@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels.distributed import check_rows, rows_of
-from xattn_kernels.modules import normalisation
 from xattn_kernels.modules.freezing import Freezable, refuse_proxies
-from xattn_kernels.modules.normalisation import BatchNorm, normalise
-from xattn_kernels.modules.rows import convolve3x3
+from xattn_kernels.modules.normalisation import (
+    BATCH_NORMS,
+    BatchNorm,
+    fold,
+    is_hooked,
+    is_inference,
+    normalise,
+    statistics_group,
+)
+from xattn_kernels.modules.row_sharding import check_rows, convolve3x3, rows_of
 from xattn_kernels.ops.autocast import cast_for_autocast, no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
 from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, memory_order, with_plain_gradient
@@ -115,7 +121,7 @@ class BasicBlock(Freezable):
         stock = not observed and is_stock(self, own=True)
         if not (observed or stock) and is_stock(self, own=True, synchronised=True):
             return self.over_processes([x])[0]
-        if (stock or observed) and normalisation.is_inference([self], [x]):
+        if (stock or observed) and is_inference([self], [x]):
             x = in_order(cast_for_autocast(x), CHANNELS_LAST)
             if stock and self._pays_to_fold(x):
                 with no_autocast(x.device.type):
@@ -179,11 +185,11 @@ class BasicBlock(Freezable):
         work = ACCUMULATORS[dtype]
 
         def make() -> FoldedBlock:
-            w1, b1 = normalisation.fold(self.conv1, self.bn1, work, change)
-            w2, b2 = normalisation.fold(self.conv2, self.bn2, work)
+            w1, b1 = fold(self.conv1, self.bn1, work, change)
+            w2, b2 = fold(self.conv2, self.bn2, work)
             w3 = None
             if self.downsample is not None:
-                w3, b3 = normalisation.fold(*self.projected_shortcut(), work, change)
+                w3, b3 = fold(*self.projected_shortcut(), work, change)
                 b2 = b2 + b3
             return FoldedBlock(w1, b1, w2, b2, w3).to(dtype, layout)
 
@@ -194,7 +200,7 @@ class BasicBlock(Freezable):
         assert self.downsample is not None
         convolution, norm = self.downsample
         assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, normalisation.KINDS)
+        assert isinstance(norm, BATCH_NORMS)
         return convolution, norm
 
 
@@ -226,13 +232,13 @@ def is_stock(*modules: nn.Module, own: bool = False, synchronised: bool = False)
         kind = type(module)
         mine = len(stack) < count
         count = min(count, len(stack))
-        if not mine and normalisation.is_hooked(module):
+        if not mine and is_hooked(module):
             return False
-        if kind in normalisation.KINDS:
-            assert isinstance(module, normalisation.KINDS)
+        if kind in BATCH_NORMS:
+            assert isinstance(module, BATCH_NORMS)
             if module.weight is None or module.bias is None:
                 return False
-            if not synchronised and normalisation.statistics_group(module) is not None:
+            if not synchronised and statistics_group(module) is not None:
                 return False
         elif kind is nn.Conv2d:
             if not keeps_size(module):
@@ -271,7 +277,7 @@ def is_pointwise_norm(layers: nn.Module | None) -> bool:
         type(layers) is nn.Sequential
         and len(layers) == 2
         and keeps_size(layers[0], 1)
-        and type(layers[1]) in normalisation.KINDS
+        and type(layers[1]) in BATCH_NORMS
     )
 
 
@@ -282,7 +288,7 @@ def _is_block(module: nn.Module) -> bool:
 def _is_complete(module: nn.Module) -> bool:
     """Whether a block has the layers that it is made with."""
     if isinstance(module, Projection):
-        return keeps_size(module.conv, 1) and type(module.bn) in normalisation.KINDS
+        return keeps_size(module.conv, 1) and type(module.bn) in BATCH_NORMS
     if isinstance(module, BasicBlock):
         return (
             keeps_size(module.conv1, 3)

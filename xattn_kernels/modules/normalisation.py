@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from xattn_kernels import distributed
-from xattn_kernels.distributed import Reduction
+from xattn_kernels import collectives
+from xattn_kernels.collectives import Reduction
 from xattn_kernels.ops.features import ACCUMULATORS
 from xattn_kernels.ops.library import forbid_double_backward
 from xattn_kernels.ops.tracing import is_observed
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 #: `SyncBatchNorm` differs from `BatchNorm2d` in training with several processes only.
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-KINDS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def uses_batch(bn: BatchNorm) -> bool:
@@ -31,19 +32,40 @@ def uses_batch(bn: BatchNorm) -> bool:
 def statistics_group(bn: BatchNorm, rows: ProcessGroup | None = None) -> ProcessGroup | None:
     """The ranks whose batch `bn` normalises with; None: that of this process, or running ones.
 
+    Those of its process group if it is a `torch.nn.SyncBatchNorm` in training, else those that
+    share the rows of its input.
+
     Args:
         bn: a batch norm.
         rows: the ranks that share the rows of its input, if any do.
+
+    Raises:
+        ValueError: if the process group does not contain them.
     """
-    return distributed.statistics_group(bn, rows) if uses_batch(bn) else None
+    if not uses_batch(bn):
+        return None
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return rows
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group: ProcessGroup | None = bn.process_group or dist.group.WORLD
+    assert group is not None
+    if rows is not None:
+        outside = {*dist.get_process_group_ranks(rows)} - {*dist.get_process_group_ranks(group)}
+        if outside:
+            raise ValueError(
+                f"SyncBatchNorm: its process group lacks the ranks {sorted(outside)}, expected all "
+                "that share the rows of its input"
+            )
+    return group if group.size() > 1 else None
 
 
-def reduction(bn: BatchNorm, rows: ProcessGroup | None = None) -> Reduction:
-    """What completes sums over tokens where all batch norms are as `bn`, see `agree`."""
-    return distributed.reduction(statistics_group(bn, rows), rows)
+def reduction_of(bn: BatchNorm, rows: ProcessGroup | None = None) -> Reduction:
+    """What completes sums over tokens where all batch norms are as `bn`, see `norms_agree`."""
+    return collectives.reduction(statistics_group(bn, rows), rows)
 
 
-def agree(norms: Sequence[BatchNorm]) -> bool:
+def norms_agree(norms: Sequence[BatchNorm]) -> bool:
     """Whether the norms agree in eps, in the kind of statistics and in whose batch these are."""
     eps, batch, group = norms[0].eps, uses_batch(norms[0]), statistics_group(norms[0])
     return all(
@@ -72,7 +94,7 @@ def is_inference(blocks: Iterable[nn.Module], features: Iterable[Tensor]) -> boo
     stack = list(blocks)
     while stack:
         module = stack.pop()
-        if isinstance(module, KINDS) and uses_batch(module):
+        if isinstance(module, BATCH_NORMS) and uses_batch(module):
             return False
         if gradient and any(p is not None and p.requires_grad for p in own_parameters(module)):
             return False
@@ -131,7 +153,7 @@ def check_size(x: Tensor) -> None:
         )
 
 
-def update(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
+def update_running(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Update running statistics as one training forward of `bn` does.
 
     Args:
@@ -165,10 +187,10 @@ def _uncounted(*running: Tensor) -> contextlib.AbstractContextManager[Any]:
     return context(running)  # type: ignore[no-any-return]
 
 
-def update_each(
+def update_running_of_each(
     norms: Sequence[BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> None:
-    """`update` of several batch norms, of which none is given twice, in a few operations."""
+    """`update_running` of several batch norms, none of them twice, in a few operations."""
     momentum = norms[0].momentum
     counts, running, new = [], [], []
     for bn, mean, var in zip(norms, means, variances, strict=True):
@@ -182,7 +204,7 @@ def update_each(
     alike = all(bn.momentum == momentum for bn in norms)
     if momentum is None or not alike or len(counts) < len(norms):
         for bn, mean, var in zip(norms, means, variances, strict=True):
-            update(bn, mean, var)
+            update_running(bn, mean, var)
         return
     torch._foreach_add_(counts, 1)
     with _uncounted(*running):
@@ -202,7 +224,7 @@ def normalise(
     synchronised = isinstance(norm, nn.SyncBatchNorm)
     on_cpu = inputs[0].device.type == "cpu"
     if known and not is_hooked(norm) and (on_cpu if synchronised else rows is not None):
-        assert isinstance(norm, KINDS)
+        assert isinstance(norm, BATCH_NORMS)
         group = statistics_group(norm, rows)
         if group is not None:
             outputs: list[Tensor] = _normalise_over(norm, inputs, group)
@@ -226,7 +248,7 @@ def is_hooked(module: nn.Module) -> bool:
 @torch.compiler.disable
 def _normalise_over(bn: BatchNorm, inputs: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Each input with the batch statistics of all ranks of `group`."""
-    reduction = distributed.reduction(group, None)
+    reduction = collectives.reduction(group, None)
     results = _BatchNorm.apply(bn.weight, bn.bias, bn.eps, reduction, *inputs)  # type: ignore[no-untyped-call]
     mean, var, count = results[-3:]
     if bool((count <= 1).any()):
@@ -237,7 +259,7 @@ def _normalise_over(bn: BatchNorm, inputs: Sequence[Tensor], group: ProcessGroup
     with torch.no_grad():
         unbiased = var * (count / (count - 1)).unsqueeze(1)
         for new in zip(mean, unbiased, strict=True):
-            update(bn, *new)
+            update_running(bn, *new)
     return [*results[:-3]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,7 +14,8 @@ from xattn_kernels.ops.features import (
     flatten,
 )
 from xattn_kernels.ops.tracing import is_transformed
-from xattn_kernels.registry import Problem, select, wants_gradient
+from xattn_kernels.problem import Problem
+from xattn_kernels.registry import select, wants_gradient
 from xattn_kernels.schedule import Schedule
 
 _NAMES = ("query", "key", "value")
@@ -38,16 +38,14 @@ class Part(NamedTuple):
         """The engine that runs this part now."""
         first = self.query[0]
         return select(
-            Problem(
+            Problem.of(
                 op,
-                first.dtype,
-                first.device.type,
-                index(self.channels),  # a compiler fixes the widths that it compiles for
-                index(self.value_channels),
-                index(heads),
-                is_transformed(),
-                wants_gradient((*self.query, *self.key, *self.value)),
-                first.device.index,
+                first,
+                self.channels,
+                self.value_channels,
+                heads=heads,
+                transformed=is_transformed(),
+                gradient=wants_gradient((*self.query, *self.key, *self.value)),
             )
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
-from xattn_kernels.cuda.resources import SHARED_LIMITS
+from benchmarks.resources.cuda_table import SHARED_LIMITS
 from xattn_kernels.schedule import Schedule
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import xattn_kernels as xk
 from tests.ops.harness import CORES, flat, split
-from xattn_kernels.ops import native_cuda
+from xattn_kernels.engines import native_cuda
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing.cases import CASES, LAYOUTS, Case, single
 

@@ -26,7 +26,7 @@ from tests.ops.test_pyramid_projection import (
     test_empty,
     test_nan_stays_where_it_is_seen,
 )
-from xattn_kernels.ops import native_cuda
+from xattn_kernels.engines import native_cuda
 from xattn_kernels.ops.pyramid_projection import cuda as engine_module
 from xattn_kernels.testing import compare
 

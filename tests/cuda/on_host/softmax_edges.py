@@ -241,8 +241,8 @@ def test_nothing_else_is_written(dtype: torch.dtype) -> None:
     case = replace(RAGGED, batch=1)
     inputs = inputs_of(case, dtype)
     expected = run(case, inputs)
-    from xattn_kernels.ops import native_cuda
-    from xattn_kernels.ops.native import DTYPE_CODES, views
+    from xattn_kernels.engines import native_cuda
+    from xattn_kernels.engines.native import DTYPE_CODES, views
 
     slots = split(inputs, case)
     buffers, outputs = [], []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from xattn_kernels import registry
-from xattn_kernels.triton import runtime
+from xattn_kernels.engines.triton import runtime
 
 
 class _Patches:

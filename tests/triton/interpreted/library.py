@@ -14,9 +14,9 @@ import xattn_kernels as xk
 from tests.ops.test_pyramid_projection import Pyramid
 from tests.ops.test_torch_library import OPS, sample_inputs
 from xattn_kernels import registry
+from xattn_kernels.engines.triton import runtime
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing.cases import single
-from xattn_kernels.triton import runtime
 
 PYRAMID = Pyramid("small", ((4, 5), (2, 3)), (3, 2), hidden=6, outputs=2)
 TASKS = Schedule.cross_task(2)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
+from xattn_kernels.engines.triton import runtime
 from xattn_kernels.schedule import Schedule
 from xattn_kernels.testing.cases import CASES, LAYOUTS, Case, single
-from xattn_kernels.triton import runtime
 
 RAGGED = Case("ragged", Schedule.cross_scale(3), (70, 24, 9), (70, 24, 9), channels=18, batch=1)
 MIXED = next(case for case in CASES if case.name == "mixed")

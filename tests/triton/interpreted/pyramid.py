@@ -25,9 +25,9 @@ from tests.ops.test_pyramid_projection import (
     test_empty,
     test_nan_stays_where_it_is_seen,
 )
+from xattn_kernels.engines.triton.launch import Launch, recorded
 from xattn_kernels.ops.pyramid_projection import triton as engine_module
 from xattn_kernels.testing import compare
-from xattn_kernels.triton.launch import Launch, recorded
 
 __all__ = ["test_empty", "test_nan_stays_where_it_is_seen"]
 

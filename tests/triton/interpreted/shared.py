@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from xattn_kernels.engines.triton import maths, runtime, table_kernel
+from xattn_kernels.engines.triton.runtime import Table, layout, pieces
 from xattn_kernels.testing.cases import LAYOUTS
 from xattn_kernels.testing.compositions import feature_map as expected_map
-from xattn_kernels.triton import maths, runtime, table_kernel
-from xattn_kernels.triton.runtime import Table, layout, pieces
 
 
 @triton.jit

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
+from xattn_kernels.engines.triton.training_tiles import Tiles
 from xattn_kernels.ops.cross_attention_block_training import reference
 from xattn_kernels.ops.cross_attention_block_training import triton as engine
 from xattn_kernels.schedule import Schedule
-from xattn_kernels.triton.training_tiles import Tiles
 
 GRADIENTS = ("target_gradients", "source_sums", "source_gradients", "input_gradient")
 """Passes that add to gradients of features."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import xattn_kernels as xk
-from xattn_kernels.triton import tuning
-from xattn_kernels.triton.tuning import Task
+from xattn_kernels.engines.triton import tuning
+from xattn_kernels.engines.triton.tuning import Task
 
 CPU = torch.device("cpu")
 TASK = Task("test", (20,), "ieee", (4, "n"), tokens=100, rows=3)
@@ -316,7 +316,7 @@ TWO = """
 import sys, time, torch
 from pathlib import Path
 from typing import NamedTuple
-from xattn_kernels.triton import tuning
+from xattn_kernels.engines.triton import tuning
 
 class Tiles(NamedTuple):
     tokens: int

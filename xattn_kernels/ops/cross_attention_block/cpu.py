@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xattn_kernels.engines.native import DTYPE_CODES, core, cpu_refusals, views
 from xattn_kernels.ops.features import ACCUMULATORS, describe
-from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, views
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 _core = core()
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.ops import native_cuda
+from xattn_kernels.engines import native_cuda
+from xattn_kernels.engines.native import DTYPE_CODES, views
 from xattn_kernels.ops.features import describe
 from xattn_kernels.ops.folding import fold_projections
-from xattn_kernels.ops.native import DTYPE_CODES, views
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 _cuda = native_cuda.module()
 

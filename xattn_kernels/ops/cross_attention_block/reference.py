@@ -14,7 +14,7 @@ from torch import Tensor
 from xattn_kernels.ops.features import ACCUMULATORS, describe, in_format_of
 from xattn_kernels.ops.folding import fold_projections
 from xattn_kernels.ops.linear_cross_attention.reference import forward as attend
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 
 def refusals(problem: Problem) -> list[str]:

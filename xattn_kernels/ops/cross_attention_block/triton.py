@@ -16,19 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.ops.features import describe
-from xattn_kernels.ops.folding import fold_projections
-from xattn_kernels.ops.linear_cross_attention import triton as linear
-from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime, tuning
-from xattn_kernels.triton.block_tiles import (
+from xattn_kernels.engines.triton import runtime, tuning
+from xattn_kernels.engines.triton.block_tiles import (
     SourceTiles,
     TargetTiles,
     source_tiles,
     target_tiles,
 )
-from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.runtime import (
+from xattn_kernels.engines.triton.launch import launch
+from xattn_kernels.engines.triton.runtime import (
     Table,
     blocks,
     ceil_div,
@@ -36,7 +32,11 @@ from xattn_kernels.triton.runtime import (
     layout_constants,
     pieces,
 )
-from xattn_kernels.triton.states import Chunks
+from xattn_kernels.engines.triton.states import Chunks
+from xattn_kernels.ops.features import describe
+from xattn_kernels.ops.folding import fold_projections
+from xattn_kernels.ops.linear_cross_attention import triton as linear
+from xattn_kernels.problem import Problem
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -126,7 +126,7 @@ def forward(
     output_layout = layout(outputs)
 
     def start_sources(tiles: SourceTiles) -> Any:
-        from xattn_kernels.triton.block_kernels import source_kernel
+        from xattn_kernels.engines.triton.block_kernels import source_kernel
 
         groups = ceil_div(channels, sum(tiles.rows)) * ceil_div(channels, sum(tiles.columns))
         return launch(
@@ -153,7 +153,7 @@ def forward(
         )
 
     def start_targets(tiles: TargetTiles) -> Any:
-        from xattn_kernels.triton.block_kernels import target_kernel
+        from xattn_kernels.engines.triton.block_kernels import target_kernel
 
         steps = blocks([features[slot].size(2) for slot, _ in targets], tiles.tokens)
         return launch(

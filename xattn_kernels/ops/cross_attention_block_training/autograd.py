@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn_kernels.distributed import Reduction
+from xattn_kernels.collectives import Reduction
 from xattn_kernels.ops import library
 from xattn_kernels.ops.autocast import no_autocast
 from xattn_kernels.ops.cross_attention_block_training import op

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 THRESHOLD = 20.0
 """Above it torch's softplus is the identity."""

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn_kernels.engines.triton import runtime
+from xattn_kernels.engines.triton.launch import launch
+from xattn_kernels.engines.triton.runtime import blocks, ceil_div, layout, layout_constants
+from xattn_kernels.engines.triton.training_calls import Call, Gradients
+from xattn_kernels.engines.triton.training_tiles import Tiles, is_fused, tiles_of
 from xattn_kernels.ops.cross_attention_block_training import reference
-from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime
-from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.runtime import blocks, ceil_div, layout, layout_constants
-from xattn_kernels.triton.training_calls import Call, Gradients
-from xattn_kernels.triton.training_tiles import Tiles, is_fused, tiles_of
+from xattn_kernels.problem import Problem
 
 #: Center, first layer and its bias, second layer, affine map.
 _Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +47,7 @@ def moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     tiles = tiles_of("moments", call.channels, call.dot)
     chunks = call.chunks(call.channels)
     with call.running():
-        from xattn_kernels.triton.training_kernels import moments_kernel
+        from xattn_kernels.engines.triton.training_kernels import moments_kernel
 
         call.launch(
             moments_kernel,
@@ -89,7 +89,7 @@ def hidden_moments(
     tiles = tiles_of("hidden_moments", call.channels, call.dot)
     chunks = call.chunks(1)
     with call.running():
-        from xattn_kernels.triton.training_kernels import hidden_kernel
+        from xattn_kernels.engines.triton.training_kernels import hidden_kernel
 
         call.launch(
             hidden_kernel,
@@ -125,7 +125,7 @@ def states(
     chunks = call.chunks(call.channels)
     each = call.each()
     with call.running():
-        from xattn_kernels.triton.training_kernels import state_kernel
+        from xattn_kernels.engines.triton.training_kernels import state_kernel
 
         call.launch(
             state_kernel,
@@ -169,7 +169,7 @@ def attend(
     tiles = tiles_of("attend", call.channels, call.dot)
     steps = blocks(call.tokens, tiles.tokens)
     with call.running():
-        from xattn_kernels.triton.training_kernels import attend_kernel
+        from xattn_kernels.engines.triton.training_kernels import attend_kernel
 
         launch(
             attend_kernel,
@@ -226,7 +226,7 @@ def target_sums(
     tiles = tiles_of("target_sums", call.channels, call.dot)
     chunks, sums = call.chunks(call.channels), call.chunks(1)
     with call.running():
-        from xattn_kernels.triton.training_sums_kernels import target_sums_kernel
+        from xattn_kernels.engines.triton.training_sums_kernels import target_sums_kernel
 
         about_mean, mean = _about_mean(state_s, state_z)
         call.launch(
@@ -321,8 +321,8 @@ def source_sums(
         call, chunks, tiles_of("values", call.channels, call.dot), grad_features, ["SUMS"]
     )
     with call.running():
-        from xattn_kernels.triton.training_gradient_kernels import value_gradient_kernel
-        from xattn_kernels.triton.training_sums_kernels import key_sums_kernel
+        from xattn_kernels.engines.triton.training_gradient_kernels import value_gradient_kernel
+        from xattn_kernels.engines.triton.training_sums_kernels import key_sums_kernel
 
         layers = _layers(call, center, first, first_affine, second, affine)
         states = call.operand(grad_s)
@@ -396,7 +396,7 @@ def input_gradient(
     rows = call.table.add_slots(wanted)
     steps = blocks(call.tokens, tiles.tokens)
     with call.running():
-        from xattn_kernels.triton.training_kernels import affine_kernel
+        from xattn_kernels.engines.triton.training_kernels import affine_kernel
 
         launch(
             affine_kernel,
@@ -433,7 +433,7 @@ def _gradients(
     tiles = tiles_of("gradients", channels, call.dot)
     launches = Gradients(call, chunks, tiles, grad_features, ["FIRST", "SECOND"])
     with call.running():
-        from xattn_kernels.triton.training_gradient_kernels import gradient_kernel
+        from xattn_kernels.engines.triton.training_gradient_kernels import gradient_kernel
 
         launches.run(
             gradient_kernel,

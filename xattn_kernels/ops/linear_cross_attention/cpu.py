@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops.features import group_by_output
-from xattn_kernels.ops.library import place_gradients
-from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
-from xattn_kernels.ops.native import (
+from xattn_kernels.engines.native import (
     DTYPE_CODES,
     FEATURE_MAP_CODES,
     core,
@@ -19,7 +16,10 @@ from xattn_kernels.ops.native import (
     pointer,
     views,
 )
-from xattn_kernels.registry import Problem
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.problem import Problem
 
 _core = core()
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops import native_cuda
-from xattn_kernels.ops.features import group_by_output
-from xattn_kernels.ops.library import place_gradients
-from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
-from xattn_kernels.ops.native import (
+from xattn_kernels.engines import native_cuda
+from xattn_kernels.engines.native import (
     DTYPE_CODES,
     FEATURE_MAP_CODES,
     optional_views,
     pointer,
     views,
 )
-from xattn_kernels.registry import Problem
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.problem import Problem
 
 _cuda = native_cuda.module()
 

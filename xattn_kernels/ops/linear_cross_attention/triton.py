@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops.features import group_by_output
-from xattn_kernels.ops.library import place_gradients
-from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
-from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime, tuning
-from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.linear_tiles import (
+from xattn_kernels.engines.triton import runtime, tuning
+from xattn_kernels.engines.triton.launch import launch
+from xattn_kernels.engines.triton.linear_tiles import (
     StateTiles,
     TokenTiles,
     output_tiles,
@@ -27,8 +23,19 @@ from xattn_kernels.triton.linear_tiles import (
     source_gradient_tiles,
     state_tiles,
 )
-from xattn_kernels.triton.runtime import Layout, Table, blocks, ceil_div, layout, layout_constants
-from xattn_kernels.triton.states import Chunks
+from xattn_kernels.engines.triton.runtime import (
+    Layout,
+    Table,
+    blocks,
+    ceil_div,
+    layout,
+    layout_constants,
+)
+from xattn_kernels.engines.triton.states import Chunks
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.linear_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.problem import Problem
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -190,7 +197,7 @@ class _States:
 
     def compute(self) -> None:
         """Sum over the tokens of every chunk."""
-        from xattn_kernels.triton.linear_kernels import state_kernel
+        from xattn_kernels.engines.triton.linear_kernels import state_kernel
 
         call, chunks = self.call, self.chunks
 
@@ -238,7 +245,7 @@ def _outputs(
     state_s: Tensor,
     state_z: Tensor,
 ) -> None:
-    from xattn_kernels.triton.linear_kernels import output_kernel
+    from xattn_kernels.engines.triton.linear_kernels import output_kernel
 
     layouts = {"Q": layout(queries), "O": layout(outputs)}
 
@@ -279,7 +286,7 @@ def _query_gradients(
     state_z: Tensor,
     weights: Tensor,
 ) -> None:
-    from xattn_kernels.triton.linear_gradient_kernels import query_gradient_kernel
+    from xattn_kernels.engines.triton.linear_gradient_kernels import query_gradient_kernel
 
     layouts = {"Q": layout(query), "G": layout(grad_outputs), "R": layout(query_grads)}
 
@@ -318,7 +325,7 @@ def _source_gradients(
     grad_s: Tensor,
     grad_z: Tensor,
 ) -> None:
-    from xattn_kernels.triton.linear_gradient_kernels import source_gradient_kernel
+    from xattn_kernels.engines.triton.linear_gradient_kernels import source_gradient_kernel
 
     key, value, key_grads, value_grads = slots
     layouts = {

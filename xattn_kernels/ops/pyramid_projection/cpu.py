@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xattn_kernels.engines.native import DTYPE_CODES, core, cpu_refusals, views
 from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.ops.native import DTYPE_CODES, core, cpu_refusals, views
 from xattn_kernels.ops.pyramid_projection.op import Results, allocate, allocate_gradients
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 _core = core()
 _NOTHING: tuple[int, ...] = (0, 0, 0, 0, 0)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_kernels.ops import library, native_cuda
-from xattn_kernels.ops.native import DTYPE_CODES, views
+from xattn_kernels.engines import native_cuda
+from xattn_kernels.engines.native import DTYPE_CODES, views
+from xattn_kernels.ops import library
 from xattn_kernels.ops.pyramid_projection.adjoint import LevelGradients
 from xattn_kernels.ops.pyramid_projection.op import Results, allocate, allocate_gradients
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 _cuda = native_cuda.module()
 _NOTHING: tuple[int, ...] = (0, 0, 0, 0, 0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 
 def refusals(problem: Problem) -> list[str]:

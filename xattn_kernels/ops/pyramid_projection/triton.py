@@ -22,13 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels.ops import library
-from xattn_kernels.ops.pyramid_projection.adjoint import LevelGradients
-from xattn_kernels.ops.pyramid_projection.op import Results, allocate, allocate_gradients
-from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime
-from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.pyramid_tiles import (
+from xattn_kernels.engines.triton import runtime
+from xattn_kernels.engines.triton.launch import launch
+from xattn_kernels.engines.triton.pyramid_tiles import (
     BLOCK,
     gradient_tiles,
     output_groups,
@@ -37,7 +33,7 @@ from xattn_kernels.triton.pyramid_tiles import (
     project_tiles,
     stored_tiles,
 )
-from xattn_kernels.triton.runtime import (
+from xattn_kernels.engines.triton.runtime import (
     ROW,
     Table,
     ceil_div,
@@ -45,7 +41,11 @@ from xattn_kernels.triton.runtime import (
     layout_constants,
     pieces,
 )
-from xattn_kernels.triton.states import chunk_of
+from xattn_kernels.engines.triton.states import chunk_of
+from xattn_kernels.ops import library
+from xattn_kernels.ops.pyramid_projection.adjoint import LevelGradients
+from xattn_kernels.ops.pyramid_projection.op import Results, allocate, allocate_gradients
+from xattn_kernels.problem import Problem
 
 #: Levels that the kernels take, the finest included.
 _LEVELS = 4
@@ -193,7 +193,7 @@ class _Pixels:
         start = table.add(starts)
         self.table = table.on(first.device)
         if whole > 1:
-            from xattn_kernels.triton.pyramid_kernels import project_kernel
+            from xattn_kernels.engines.triton.pyramid_kernels import project_kernel
 
             launch(
                 project_kernel,
@@ -268,7 +268,7 @@ class _Pixels:
         **others: Any,
     ) -> None:
         """Run the kernel for what is asked for."""
-        from xattn_kernels.triton.pyramid_kernels import pixel_kernel
+        from xattn_kernels.engines.triton.pyramid_kernels import pixel_kernel
 
         tiles = self.tiles if PROJECT else stored_tiles(self.tiles, self.constants["DOT"])
         launch(
@@ -330,7 +330,7 @@ def _gradient_launch(
     sums: Tensor,
     products: Tensor,
 ) -> None:
-    from xattn_kernels.triton.pyramid_gradient_kernels import gradient_kernel
+    from xattn_kernels.engines.triton.pyramid_gradient_kernels import gradient_kernel
 
     batch, width, tokens = hidden.shape
     outputs = grad.size(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xattn_kernels.ops.features import ACCUMULATORS, group_by_output, in_format_of
-from xattn_kernels.registry import Problem
+from xattn_kernels.problem import Problem
 
 
 def refusals(problem: Problem) -> list[str]:

@@ -11,13 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from xattn_kernels.ops.features import group_by_output
-from xattn_kernels.ops.library import place_gradients
-from xattn_kernels.ops.softmax_cross_attention.op import Result, allocate, allocate_gradients
-from xattn_kernels.registry import Problem
-from xattn_kernels.triton import runtime, tuning
-from xattn_kernels.triton.launch import launch
-from xattn_kernels.triton.runtime import (
+from xattn_kernels.engines.triton import runtime, tuning
+from xattn_kernels.engines.triton.launch import launch
+from xattn_kernels.engines.triton.runtime import (
     Layout,
     Table,
     blocks,
@@ -25,13 +21,17 @@ from xattn_kernels.triton.runtime import (
     pieces,
     programs,
 )
-from xattn_kernels.triton.softmax_tiles import (
+from xattn_kernels.engines.triton.softmax_tiles import (
     SourceTiles,
     Tiles,
     forward_tiles,
     query_gradient_tiles,
     source_gradient_tiles,
 )
+from xattn_kernels.ops.features import group_by_output
+from xattn_kernels.ops.library import place_gradients
+from xattn_kernels.ops.softmax_cross_attention.op import Result, allocate, allocate_gradients
+from xattn_kernels.problem import Problem
 
 #: Queries and channels a step of the kernel that multiplies outputs by their gradients.
 _DELTA_QUERIES, _DELTA_STEP = 128, 16
@@ -70,7 +70,7 @@ def forward(
     batch, device = query[0].size(0), query[0].device
 
     def start(tiles: Tiles) -> Any:
-        from xattn_kernels.triton.softmax_kernels import forward_kernel
+        from xattn_kernels.engines.triton.softmax_kernels import forward_kernel
 
         steps = blocks([q.size(2) for q in queries], tiles.queries)
         works = steps * heads * batch * len(groups)
@@ -181,7 +181,7 @@ def backward(
     d_pieces, v_pieces = pieces(width), pieces(value_width)
 
     def start_queries(tiles: Tiles) -> Any:
-        from xattn_kernels.triton.softmax_gradient_kernels import query_gradient_kernel
+        from xattn_kernels.engines.triton.softmax_gradient_kernels import query_gradient_kernel
 
         steps = blocks([q.size(2) for q in query], tiles.queries)
         works = steps * heads * batch * len(query)
@@ -215,7 +215,7 @@ def backward(
     with_values = any(x is not None for x in value_grads)
 
     def start_sources(tiles: SourceTiles) -> Any:
-        from xattn_kernels.triton.softmax_gradient_kernels import source_gradient_kernel
+        from xattn_kernels.engines.triton.softmax_gradient_kernels import source_gradient_kernel
 
         parts = [(with_keys, False), (False, with_values)]
         if tiles.together:
@@ -257,7 +257,7 @@ def backward(
         return compiled
 
     with runtime.device_of(query[0]):
-        from xattn_kernels.triton.softmax_gradient_kernels import delta_kernel
+        from xattn_kernels.engines.triton.softmax_gradient_kernels import delta_kernel
 
         on_device = table.on(device)
         steps = blocks([q.size(2) for q in queries], _DELTA_QUERIES)

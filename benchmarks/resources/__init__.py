@@ -1,0 +1,1 @@
+"""Registers, spills and instructions of compiled GPU kernels: the tables in `docs`."""

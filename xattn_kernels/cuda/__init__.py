@@ -1,1 +1,0 @@
-"""What is known of the CUDA kernels apart from running them."""

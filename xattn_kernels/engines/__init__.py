@@ -1,0 +1,1 @@
+"""What engines share: native modules, Triton's runtime and kernels."""
