@@ -171,8 +171,8 @@ class WindowAttention(nn.Module):
         projected = pointwise(self.qkv, parts).unflatten(3, (3, self.heads, -1))
         query, key, value = projected.permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        border = Border.of(rows, columns, shift, query) if shift else None
-        attended = _attend(query, key, value, bias.to(query.dtype), border)
+        torn = Torn.of(rows, columns, shift, query) if shift else None
+        attended = _attend(query, key, value, bias.to(query.dtype), torn)
 
         parts = attended.transpose(2, 3).reshape(batch, rows, columns, WINDOW, WINDOW, -1)
         rolled = parts.transpose(2, 3).reshape(*tokens.shape)
@@ -180,29 +180,28 @@ class WindowAttention(nn.Module):
         return pointwise(self.proj, padded[:, :height, :width])
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, border: Border | None
-) -> Tensor:
-    """softmax(query key^T / sqrt(d) + bias + border) value of every window.
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, torn: Torn | None) -> Tensor:
+    """softmax(query key^T / sqrt(d) + bias + torn) value of every window.
 
     Args:
         query: (B, N, heads, 49, d); `key` and `value` alike.
         bias: (heads, 49, 49).
-        border: what is added beyond that, for the windows at the border.
+        torn: what is added beyond that.
 
     Returns:
         (B, N, heads, 49, d).
     """
     if _is_faster_explicit(query):
         scores = ((query * query.shape[4] ** -0.5) @ key.transpose(3, 4)).add_(bias)
-        if border is not None:
-            added = border.added[:, None].expand(*query.shape[:1], -1, *bias.shape)
-            scores.index_add_(1, border.windows, added)
+        if torn is not None and torn.windows is not None:
+            added = torn.added[:, None].expand(*query.shape[:1], -1, *bias.shape)
+            scores.index_add_(1, torn.windows, added)
+        elif torn is not None:
+            scores = scores + torn.added[:, None]
         attended: Tensor = scores.softmax(dim=4) @ value
         return attended
-    if border is not None:
-        added = bias.new_zeros(query.shape[1], 1, *bias.shape[1:])
-        bias = bias + added.index_copy(0, border.windows, border.added[:, None])
+    if torn is not None:
+        bias = bias + torn.added[:, None]
     windows = query.shape[:2]  # Torch's fused kernels take four dimensions.
     bias = bias.expand(*query.shape[:3], -1, -1).flatten(0, 1)
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
@@ -219,33 +218,33 @@ def _is_faster_explicit(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
-class Border(NamedTuple):
-    """Windows that a cyclic shift made of tokens that were no neighbours, and their mask."""
+class Torn(NamedTuple):
+    """What keeps tokens of a window apart that only a cyclic shift made neighbours."""
 
-    windows: Tensor
-    """Their numbers, row by row: (rows + columns - 1)."""
+    windows: Tensor | None
+    """Numbers of the windows, counted row by row, that have such tokens; None: all are listed."""
     added: Tensor
     """To the scores: `MASK` between tokens that were no neighbours, 0 else; (..., 49, 49)."""
 
     @classmethod
-    def of(cls, rows: int, columns: int, shift: int, x: Tensor) -> Border:
-        """Those of rows x columns windows: the last row and the last column.
+    def of(cls, rows: int, columns: int, shift: int, query: Tensor) -> Torn:
+        """For rows x columns windows; such tokens are in the last row and in the last column.
 
-        The result has the dtype and the device of `x`.
+        The result has the dtype and the device of `query`.
         """
-        wrapped = (torch.arange(WINDOW, device=x.device) >= WINDOW - shift).int()
+        count, device = rows * columns, query.device
+        few = _is_faster_explicit(query) and not is_recorded()
+        windows = torch.arange(count, device=device)
+        if few:  # down the last column, then along the last row
+            windows = torch.cat([windows[columns - 1 : -1 : columns], windows[-columns:]])
+        wrapped = (torch.arange(WINDOW, device=device) >= WINDOW - shift).int()
         below, right = (
             side[:, None] != side
             for side in (wrapped.repeat_interleave(WINDOW), wrapped.repeat(WINDOW))
         )
-        # From the top of the last column down, then the last row with the corner at its end.
-        count = rows + columns - 1
-        steps = torch.arange(count, device=x.device)
-        above = steps < rows - 1
-        windows = torch.where(above, (steps + 1) * columns - 1, steps - count + rows * columns)
-        in_column, in_row = above | (steps == count - 1), ~above
+        in_row, in_column = windows >= count - columns, windows % columns == columns - 1
         apart = in_column[:, None, None] & right | in_row[:, None, None] & below
-        return cls(windows, MASK * apart.to(x.dtype))
+        return cls(windows if few else None, MASK * apart.to(query.dtype))
 
 
 def relative_positions() -> Tensor:

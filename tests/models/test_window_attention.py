@@ -11,7 +11,7 @@ from xattn_models import op_by_op, window_attention
 from xattn_models.window_attention import (
     MASK,
     WINDOW,
-    Border,
+    Torn,
     WindowBlock,
     WindowTransformer,
     heads_for,
@@ -56,8 +56,10 @@ def test_as_op_by_op(
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (2, 3), (4, 2)])
-def test_border(rows: int, columns: int) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_torn(rows: int, columns: int, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a cyclic shift tokens of a window are apart where the map had them a window apart."""
+    monkeypatch.setattr(window_attention, "is_recorded", lambda: recorded)
     height, width = rows * WINDOW, columns * WINDOW
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     shifted = [torch.roll(place, (-3, -3), (0, 1)) for place in (y, x)]
@@ -65,8 +67,12 @@ def test_border(rows: int, columns: int) -> None:
     y, x = (place.reshape(rows * columns, WINDOW**2) for place in places)
     far = (y[:, :, None] - y[:, None]).abs() >= WINDOW
     far |= (x[:, :, None] - x[:, None]).abs() >= WINDOW
-    border = Border.of(rows, columns, 3, torch.empty(()))
-    added = torch.zeros(far.shape).index_copy_(0, border.windows, border.added)
+    torn = Torn.of(rows, columns, 3, torch.empty(()))
+    added = torn.added
+    if torn.windows is not None:
+        assert len(torn.windows) == len(torn.windows.unique()) == rows + columns - 1
+        added = torch.zeros(far.shape).index_copy_(0, torn.windows, torn.added)
+    assert recorded == (torn.windows is None)
     assert torch.equal(added, MASK * far)
 
 

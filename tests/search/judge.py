@@ -43,6 +43,8 @@ CHANNEL_FACTOR = 8.0
 """Of a few elements op by op can be right by luck."""
 DEGENERATE_FACTOR = 16.0
 """Where batch norms normalise what has no variance: what is left is noise."""
+OVERFLOWN = 4.0
+"""Units of the largest element that op by op counts as being off by where 16 bits overflow."""
 AGAIN = (8, 24)
 """How many times more, and how many times more again, where that may make the difference."""
 HOPELESS = 100.0
@@ -57,11 +59,13 @@ class Precision:
 
     exact: bool
     """In float64; else in the dtype of the arguments, float32 for float64."""
+    single: bool = False
+    """In float32 for 16-bit arguments as well."""
 
     def dtype(self, given: torch.dtype) -> torch.dtype:
         if self.exact:
             return torch.float64
-        return torch.float32 if given is torch.float64 else given
+        return torch.float32 if self.single or given is torch.float64 else given
 
     def convert(self, x: Tensor) -> Tensor:
         """A leaf with the values of `x`."""
@@ -173,8 +177,17 @@ def _described(what: str, name: str, x: Tensor, exact: Tensor, others: list[Resu
 
 
 def _by_op(call: Call, change: int = 0) -> Results:
+    """Where that overflows in 16 bits, in float32; then `_shares` adds what 16 bits round."""
     with rounded_otherwise(change):
-        return call.oracle(Precision(False))
+        found = call.oracle(Precision(False))
+        if call.dtype.itemsize > 2 or all(map(_is_finite, found.values())):
+            return found
+        single = call.oracle(Precision(False, single=True))
+    return {name: x if _is_finite(x) else single[name] for name, x in found.items()}
+
+
+def _is_finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(x.isfinite().all())
 
 
 def _attempt(run: Callable[[], Results]) -> tuple[Results | None, Exception | None]:
@@ -244,7 +257,12 @@ def _shares(
     size = torch.where(finite, exact, zero)
     error = torch.where(finite, y - exact, zero)
     factor = UNIT[torch.float64] / UNIT[torch.float32] if dtype is torch.float64 else 1.0
-    worse = [torch.where(finite & e.isfinite(), e.double() - exact, zero) * factor for e in by_op]
+    worse = []
+    for e in by_op:
+        off = torch.where(finite & e.isfinite(), e.double() - exact, zero) * factor
+        if e.dtype.itemsize > dtype.itemsize:  # it overflows in 16 bits
+            off = off.abs() + OVERFLOWN * UNIT[dtype] * size.abs().amax()
+        worse.append(off)
     for name, norm, times in _norms(exact):
         e, s = norm(error), norm(size)
         by = torch.stack([norm(w) for w in worse]).amax(dim=0)

@@ -279,12 +279,13 @@ class Run:
 
         def theirs(precision: Precision) -> Results:
             module = copy.deepcopy(kept)
-            if precision.exact or self.dtype is torch.float64:
+            wide = precision.exact or precision.single
+            if wide or self.dtype is torch.float64:
                 module.to(precision.dtype(self.dtype))
             maps = [precision.convert(x) for x in inputs]
             with (
                 torch.set_grad_enabled(mode == "grad"),
-                torch.autocast("cpu", torch.bfloat16, enabled=autocast and not precision.exact),
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast and not wide),
             ):
                 outputs = flatten(oracle.call(module, *subject.arrange(maps)))
                 return results(module, outputs, maps)
