@@ -158,23 +158,23 @@ class WindowAttention(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        batch, height, width, _ = tokens.shape
+        batch, height, width, channels = tokens.shape
         rows, columns = (height + WINDOW - 1) // WINDOW, (width + WINDOW - 1) // WINDOW
         below, right = rows * WINDOW - height, columns * WINDOW - width
         # A graph is to serve maps with and without whole windows.
         if is_recorded() or below or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
         rolled = torch.roll(tokens, (-shift, -shift), (1, 2)) if shift else tokens
-        parts = rolled.view(batch, rows, WINDOW, columns, WINDOW, -1).transpose(2, 3)
-        parts = parts.reshape(batch, rows * columns, WINDOW**2, -1)
+        parts = rolled.view(batch, rows, WINDOW, columns, WINDOW, channels).transpose(2, 3)
+        parts = parts.reshape(batch, rows * columns, WINDOW**2, channels)
 
-        projected = pointwise(self.qkv, parts).unflatten(3, (3, self.heads, -1))
+        projected = pointwise(self.qkv, parts).unflatten(3, (3, self.heads, channels // self.heads))
         query, key, value = projected.permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         torn = Torn.of(rows, columns, shift, query) if shift else None
         attended = _attend(query, key, value, bias.to(query.dtype), torn)
 
-        parts = attended.transpose(2, 3).reshape(batch, rows, columns, WINDOW, WINDOW, -1)
+        parts = attended.transpose(2, 3).reshape(batch, rows, columns, WINDOW, WINDOW, channels)
         rolled = parts.transpose(2, 3).reshape(*tokens.shape)
         padded = torch.roll(rolled, (shift, shift), (1, 2)) if shift else rolled
         return pointwise(self.proj, padded[:, :height, :width])

@@ -55,6 +55,18 @@ def test_as_op_by_op(
         assert (actual - expected).norm() <= 1e-11 * expected.norm() + 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_no_samples(size: tuple[int, int], dtype: torch.dtype) -> None:
+    module = WindowTransformer(12, 6).to(dtype)
+    x = torch.randn(0, 12, *size, dtype=dtype, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    assert y.shape == x.shape and y.dtype == dtype
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (2, 3), (4, 2)])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_torn(rows: int, columns: int, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,6 +346,19 @@ def test_equal_to_eager(way: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_no_samples(kept: bool, gradient: bool, name: str) -> None:
+    module, maps = subjects.make(name)
+    if kept:
+        freeze_(module)
+    with torch.set_grad_enabled(gradient):
+        found = module(*draw(maps, batch=0))
+        expected = module(*draw(maps, batch=1))
+    assert [y.shape for y in found] == [(0, *y.shape[1:]) for y in expected]
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("compiler", [torch.jit.script, torch.fx.symbolic_trace])
 def test_compilers_that_read_python(compiler: Callable[[nn.Module], Any], name: str) -> None:
     module, _ = subjects.make(name)

@@ -19,15 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from xattn_kernels.testing.compare import UNIT
+
 from .draws import GRADIENT
 from .oracle_operators import rounded_otherwise
 
-UNIT = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
 #: What is accepted whatever E does, relative to what is compared. In small problems op by op rounds
 #: less than a kernel, and statistics in closed form lose digits that float64 has to spare.
 FLOOR = {

@@ -27,6 +27,7 @@ from xattn_kernels.modules.normalisation import (
     check_size,
     first_parameter,
     is_inference,
+    scale_and_shift,
     update_running,
     uses_batch,
 )
@@ -243,16 +244,12 @@ class CrossScaleHead(_Scales):
         def fold() -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
             """Weights, scale, shift and classifier of `pyramid_projection`."""
             weights = self._by_scale(first.weight.flatten(1).to(dtype))
-            scale, shift = norm.weight.to(dtype), norm.bias.to(dtype)
-            bias = None if first.bias is None else first.bias.to(dtype)
-            if not uses_batch(norm):
-                assert norm.running_mean is not None and norm.running_var is not None
-                scale = scale * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-                shift = torch.addcmul(shift, norm.running_mean.to(dtype), scale, value=-1)
-                if bias is not None:
-                    shift = torch.addcmul(shift, bias, scale)
-            elif bias is not None:
-                shift = torch.add(shift, bias, alpha=0)  # does not matter, and has gradient zero
+            if uses_batch(norm):
+                scale, shift = norm.weight.to(dtype), norm.bias.to(dtype)
+                if first.bias is not None:  # does not matter, and has gradient zero
+                    shift = torch.add(shift, first.bias.to(dtype), alpha=0)
+            else:
+                scale, shift = scale_and_shift(norm, first.bias, dtype)
             labels = None if classifier.bias is None else classifier.bias.to(dtype)
             return weights, scale, shift, classifier.weight.flatten(1).to(dtype), labels
 

@@ -22,7 +22,7 @@ from xattn_kernels.modules.normalisation import (
 from xattn_kernels.modules.row_sharding import check_rows, convolve3x3, rows_of
 from xattn_kernels.ops.autocast import cast_for_autocast, no_autocast
 from xattn_kernels.ops.features import ACCUMULATORS
-from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, memory_order, with_plain_gradient
+from xattn_kernels.ops.gradients import CHANNELS_LAST, in_order, with_plain_gradient
 from xattn_kernels.ops.tracing import is_observed
 
 
@@ -329,10 +329,5 @@ def sum_repeats(weight: Tensor, channels: int) -> Tensor:
     All parts have `channels` channels. A convolution is linear in its input: those of the repeats
     of x add up.
     """
-    # The inputs of a weight in channels_last lie together: those are added as they lie.
-    if weight.dim() == 4 and memory_order(weight) == CHANNELS_LAST:
-        parts = weight.permute(0, 2, 3, 1).unflatten(3, (-1, 2, channels))
-        own, others = parts[..., 0, :].sum(dim=3), parts[..., 1, :].flatten(3)
-        return torch.cat([own, others], dim=3).permute(0, 3, 1, 2)
     parts = weight.unflatten(1, (-1, 2, channels))
     return torch.cat([parts[:, :, 0].sum(dim=1), parts[:, :, 1].flatten(1, 2)], dim=1)

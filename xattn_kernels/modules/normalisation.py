@@ -119,12 +119,24 @@ def fold(
     Returns:
         Weight (C_out, C_in, kH, kW) and bias (C_out) in `dtype`.
     """
+    scale, shift = scale_and_shift(norm, convolution.bias, dtype)
+    return change(convolution.weight.to(dtype)) * scale[:, None, None, None], shift
+
+
+def scale_and_shift(
+    norm: BatchNorm, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A norm with running statistics, of what a convolution leaves before its `bias` is added.
+
+    Returns:
+        Scale and shift, (C) in `dtype`.
+    """
     gamma, beta, mean, var = (x.to(dtype) for x in affine_tensors(norm))
     scale = gamma * torch.rsqrt(var + norm.eps)
     shift = torch.addcmul(beta, mean, scale, value=-1)
-    if convolution.bias is not None:
-        shift = torch.addcmul(shift, convolution.bias.to(dtype), scale)
-    return change(convolution.weight.to(dtype)) * scale[:, None, None, None], shift
+    if bias is not None:
+        shift = torch.addcmul(shift, bias.to(dtype), scale)
+    return scale, shift
 
 
 def affine_tensors(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
